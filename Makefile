@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LAB ?= inventory/lab.py
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup test lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/pyinfra: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gpulab needs Python 3.11 or newer, found " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing. hint: apt-get install python3-venv"; exit 1; }
+	@echo "Installing the Python packages of requirements.lock into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+setup: $(BIN)/pyinfra ## install gpulab and its tools into .venv
+
+lint: setup ## ruff, mypy, import arrows
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint ## lint, types and all fast tests
+	pytest -q
+
+rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
+	@python -m rehearsal rehearse $(if $(KEEP),--keep)
+
+lab-up: setup ## bring the rehearsal lab up, for hand work
+	@python -m rehearsal up
+
+lab-down: setup ## end everything that the lab started
+	@python -m rehearsal down
+
+lab-status: setup ## what of the lab is running
+	@python -m rehearsal status
+
+lab-shell: setup ## a root shell on a lab host: make lab-shell HOST=pve1
+	@python -m rehearsal shell $(HOST)
+
+bootstrap: setup ## role, user and token on the nodes of LAB, once
+	@python -m operations.proxmox.trust $(LAB)
+	@pyinfra $(LAB) --limit nodes -y operations.proxmox.access.bootstrap
+
+plan: setup ## what a deploy of LAB would change
+	@pyinfra $(LAB) deploy.py --dry
+
+deploy: setup ## make LAB as declared
+	@pyinfra $(LAB) deploy.py
+
+verify: setup ## check every promise of LAB from outside
+	@pytest verify --lab $(LAB)
+
+bench: setup ## the budget table, from the runs recorded last
+	@python -m rehearsal bench
+
+molecule: setup ## the thin molecule scenario, on a lab host
+	cd tests && molecule test
+
+lock: ## write requirements.lock anew from the ranges of pyproject.toml
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --editable '.[dev]'
+	build/lock/bin/pip freeze --exclude-editable --exclude gpulab > requirements.lock
+
+clean: ## remove what was built here; the lab's cache stays
+	rm -rf $(VENV) build reports runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

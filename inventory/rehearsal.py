@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""The embedded lab (`make lab-up`): the same models as a real lab, with what the lab wrote down about itself.
+
+Simulated: see the README's table of stand-ins.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from inventory import InventoryError
+
+_cache = Path(os.environ.get("GPULAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gpulab")
+_state = _cache.expanduser() / "lab"
+try:
+    _lab = json.loads((_state / "lab.json").read_text())
+except FileNotFoundError:
+    raise InventoryError("The rehearsal lab is not up.", f"Expected {_state / 'lab.json'}.", "make lab-up") from None
+
+_everywhere = {
+    "state_dir": str(_state),
+    "ssh_key": str(_state / "ssh/id_ed25519"),
+    "simulated": "rehearsal lab: PCI tree, IOMMU, NVIDIA driver and GPU, VM hardware and Ollama are stand-ins",
+}
+
+nodes = [
+    (
+        f"@node/{name}",
+        {
+            **_everywhere,
+            "ssh_hostname": address,
+            "passthrough": {"devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14}]},
+            "reboot_timeout_s": 120,
+        },
+    )
+    for name, address in _lab["nodes"].items()
+]
+
+guests = [
+    (
+        f"@guest/gpu{number:02}",
+        {
+            **_everywhere,
+            "node": node,
+            "vmid": 100 + number,
+            "address": f"{_lab['network']}.{100 + number}/24",
+            "gateway": f"{_lab['network']}.1",
+            "nameserver": _lab["nameserver"],
+            "image": _lab["image"],
+            "cores": 2,
+            "memory_mib": 2048,
+            "system_disk_gib": 16,
+            "data_disk": {"size_gib": 4},
+            "boot_timeout_s": 180,
+            "nvidia": _lab["nvidia"],
+            "registry_ca": _lab["registry_ca"],
+            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+        },
+    )
+    for number, node in enumerate(_lab["nodes"], start=1)
+]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""What an inventory may hold, and what the reader gets when it is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import inventory
+from inventory import InventoryError
+from inventory.secrets import Secrets, variable
+
+NODE = {"ssh_hostname": "192.0.2.11", "passthrough": {"devices": [{"address": "0000:01:00"}]}}
+GUEST = {
+    "node": "pve1",
+    "vmid": 101,
+    "address": "192.0.2.101/24",
+    "gateway": "192.0.2.1",
+    "ssh_public_key": "ssh-ed25519 AAAA user@host",
+    "image": {
+        "url": "https://images.example/debian.qcow2",
+        "checksum": "sha256:" + 64 * "a",
+        "filename": "debian.qcow2",
+    },
+}
+IMAGE = "ollama/ollama@sha256:" + 64 * "a"
+
+
+def lab_file(folder: Path, nodes: dict[str, object] | None = None, guests: dict[str, object] | None = None) -> Path:
+    path = folder / "lab.py"
+    hosts = {
+        "nodes": [(f"@node/{name}", data) for name, data in ({"pve1": NODE} if nodes is None else nodes).items()],
+        "guests": [(f"@guest/{name}", data) for name, data in ({"gpu01": GUEST} if guests is None else guests).items()],
+    }
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in hosts.items()))
+    return path
+
+
+def refused(path: Path, *data: str) -> str:
+    with pytest.raises(InventoryError) as caught:
+        inventory.load(path, data)
+    return str(caught.value)
+
+
+def test_fifteen_lines_describe_a_lab(tmp_path: Path) -> None:
+    lab = inventory.load(lab_file(tmp_path))
+
+    guest = lab.guests["gpu01"]
+    assert guest.ssh_hostname == "192.0.2.101"
+    assert guest.memory_mib == 16384
+    card = lab.card_of(guest)
+    assert card is not None and card.name == "NVIDIA RTX A4000"
+    assert lab.nodes["pve1"].cluster_name == "pve1"
+
+
+def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
+    path = lab_file(tmp_path)
+    (tmp_path / "group_data").mkdir()
+    (tmp_path / "group_data" / "guests.py").write_text("cores = 3\n_sudo = True\n")
+
+    assert inventory.load(path).guests["gpu01"].cores == 3
+    assert inventory.load(path, ["cores=5"]).guests["gpu01"].cores == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"vmdi": 101}, "gpu01: vmdi = 101: unknown key; did you mean `vmid`?"),
+        ({"vmid": "101"}, "gpu01: vmid = '101': expected a valid integer"),
+        ({"vmid": None}, "gpu01: vmid = None: expected a valid integer"),
+        ({"vmid": 99}, "gpu01: vmid = 99: expected greater than or equal to 100"),
+        ({"address": "192.0.2.101"}, "gpu01: address = '192.0.2.101': expected an address with its prefix length"),
+        ({"gateway": "198.51.100.1"}, "gpu01: expected `gateway` inside 192.0.2.0/24, got 198.51.100.1"),
+        ({"gpu": "a5000"}, "gpu01: gpu = 'a5000': expected a passthrough device of pve1 (a4000)"),
+        ({"node": "pve7"}, "gpu01: node = 'pve7': expected a host of the group nodes (pve1)"),
+        ({"data_disk": {"size": 10}}, "gpu01: data_disk.size = 10: unknown key; did you mean `size_gib`?"),
+        ({"services": {"ollama": {"image": "ollama/ollama:latest"}}}, "gpu01: services.ollama.image"),
+        (
+            {"services": {"ollama": {"image": IMAGE, "memory_budget_mib": 17000}}},
+            "gpu01: memory_budget_mib: ollama 17000 = 17000 MiB: expected at most 16376 MiB",
+        ),
+        (
+            {"nvidia": {"repository": "http://mirror.example/repos"}},
+            "gpu01: nvidia: expected `key_sha256` beside http://mirror.example/repos",
+        ),
+        ({"nvidia": {"version": "590.44.01"}}, "gpu01: nvidia: expected `version` of branch 580, got 590.44.01"),
+    ],
+)
+def test_wrong_value_is_named_with_what_would_be_right(
+    tmp_path: Path, change: dict[str, object], expected: str
+) -> None:
+    message = refused(lab_file(tmp_path, guests={"gpu01": {**GUEST, **change}}))
+
+    assert expected in message
+    assert "nothing was changed" in message
+
+
+def test_missing_value_is_named(tmp_path: Path) -> None:
+    without = {key: value for key, value in GUEST.items() if key != "vmid"}
+
+    assert "gpu01: vmid: missing; expected a value" in refused(lab_file(tmp_path, guests={"gpu01": without}))
+
+
+def test_all_errors_of_all_hosts_come_at_once(tmp_path: Path) -> None:
+    message = refused(lab_file(tmp_path, {"pve1": {**NODE, "ssh_prot": 2}, "pve2": {}}, {"gpu01": {**GUEST, "x": 1}}))
+
+    assert "pve2: ssh_hostname: missing" in message
+    assert "gpu01: x = 1: unknown key" in message
+
+
+def test_host_outside_of_the_connectors_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lab.py"
+    path.write_text(f"nodes = [('pve1', {NODE!r})]\n")
+
+    assert "pve1: written as 'pve1'; expected '@node/pve1'" in refused(path)
+
+
+@pytest.mark.parametrize("key", ["vmid", "address", "gpu"])
+def test_two_guests_share_no_id_address_or_gpu(tmp_path: Path, key: str) -> None:
+    other = {**GUEST, "vmid": 102, "address": "192.0.2.102/24", "gpu": None}
+    other[key] = {**GUEST, "gpu": "a4000"}[key]
+
+    message = refused(lab_file(tmp_path, guests={"gpu01": GUEST, "gpu02": other}))
+
+    assert re.search(rf"gpu02: {key} = .*: already used by gpu01", message)
+
+
+def test_two_standalone_nodes_may_use_one_vmid(tmp_path: Path) -> None:
+    other_node = {**NODE, "ssh_hostname": "192.0.2.12"}
+    other = {**GUEST, "node": "pve2", "address": "192.0.2.102/24"}
+
+    assert inventory.load(lab_file(tmp_path, {"pve1": NODE, "pve2": other_node}, {"gpu01": GUEST, "gpu02": other}))
+
+
+def test_nodes_of_one_cluster_may_not_use_one_vmid(tmp_path: Path) -> None:
+    nodes = {name: {**NODE, "cluster": "lab"} for name in ("pve1", "pve2")}
+    other = {**GUEST, "node": "pve2", "address": "192.0.2.102/24"}
+
+    assert "gpu02: vmid = '101': already used by gpu01" in refused(
+        lab_file(tmp_path, nodes, {"gpu01": GUEST, "gpu02": other})
+    )
+
+
+def test_shipped_lab_names_only_what_a_user_has_to_fill_in() -> None:
+    message = refused(Path("inventory/lab.py"), "ssh_public_key=ssh-ed25519 AAAA user@host")
+
+    assert message.count("gpu01:") == 2
+    assert "image.checksum" in message and "services.ollama.image" in message
+
+
+def test_missing_file_is_no_traceback(tmp_path: Path) -> None:
+    assert "no such inventory file" in refused(tmp_path / "nope.py")
+
+
+def test_secrets_survive_and_are_private(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path / "state")
+    secrets.put("pve1", "api_token", "one")
+    secrets.put("pve1", "password", "two", host="gpu01")
+
+    assert secrets.get("pve1", "api_token") == "one"
+    assert secrets.get("pve1", "password", "gpu01") == "two"
+    assert secrets.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_environment_overrides_the_secrets_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Secrets(tmp_path).put("pve1", "api_token", "file")
+    monkeypatch.setenv("GPULAB_SECRET_PVE1_API_TOKEN", "environment")
+
+    assert Secrets(tmp_path).get("pve1", "api_token") == "environment"
+    assert variable("lab", "key", "gpu-01") == "GPULAB_SECRET_LAB_GPU_01_KEY"
+
+
+def test_readable_secrets_file_is_refused(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path)
+    secrets.put("pve1", "api_token", "s3cr3t")
+    secrets.path.chmod(0o644)
+
+    with pytest.raises(inventory.GpulabError, match="mode 0644") as caught:
+        secrets.get("pve1", "api_token")
+    assert "s3cr3t" not in str(caught.value)
