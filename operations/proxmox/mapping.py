@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Resource mappings: the name under which a cluster knows a node's GPU, so that a token may hand it out."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyinfra import context
+from pyinfra.api import Host
+
+import inventory
+from inventory import GpulabError, Node
+from operations import step
+from operations.facts import JsonFact
+from operations.plan import key_diff
+from operations.proxmox.client import ApiError, Client
+
+#: A mapping belongs to the cluster: its nodes change it one at a time.
+_one_at_a_time: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Function 0 of a GPU as the node's PCI tree shows it; PVE compares it at every start."""
+
+    path: str
+    id: str
+    subsystem_id: str | None
+    iommu_group: int
+
+    def entry(self, node: str) -> str:
+        """The device as an entry of a mapping, in the order in which PVE writes it."""
+        keys = {"id": self.id, "iommugroup": str(self.iommu_group), "node": node, "path": self.path}
+        if self.subsystem_id is not None:
+            keys["subsystem-id"] = self.subsystem_id
+        return ",".join(f"{key}={value}" for key, value in sorted(keys.items()))
+
+
+def with_node(entries: list[str], node: str, wanted: str) -> list[str]:
+    """The entries of a mapping with exactly one for `node`, those of other nodes kept."""
+    others = [entry for entry in entries if f"node={node}" not in entry.split(",")]
+    return sorted([*others, wanted])
+
+
+def same(one: list[str], other: list[str]) -> bool:
+    """Do two entry lists mean the same, whatever their order?"""
+    return sorted(sorted(entry.split(",")) for entry in one) == sorted(sorted(entry.split(",")) for entry in other)
+
+
+class PciDevices(JsonFact):
+    """Function 0 of each given device: `{address: {id, subsystem_id, iommu_group} | None}`, group -1 without IOMMU."""
+
+    script = """
+import json, os, sys
+found = {}
+for address in json.loads(sys.argv[1])["addresses"]:
+    folder = f"/sys/bus/pci/devices/{address}.0/"
+    def word(name):
+        with open(folder + name) as file:
+            return file.read().strip().removeprefix("0x")
+    if not os.path.isdir(folder):
+        found[address] = None
+        continue
+    group = os.path.basename(os.path.realpath(folder + "iommu_group")) if os.path.exists(folder + "iommu_group") else -1
+    found[address] = {
+        "id": word("vendor") + ":" + word("device"),
+        "subsystem_id": word("subsystem_vendor") + ":" + word("subsystem_device"),
+        "iommu_group": int(group),
+    }
+print(json.dumps(found))
+"""
+
+
+@step.step
+def mappings(devices: Mapping[str, str]) -> step.Commands:
+    """
+    Ensure that each resource mapping names this node's device; entries of other nodes are kept.
+
+    + devices: mapping name to the device's address (domain:bus:device)
+    """
+    host: Host = context.ctx_host.get()
+    node = inventory.of_run(context.ctx_state.get()).nodes[host.name]
+    client = Client(node)
+    client.on_request = getattr(host.connector, "count_request", lambda: None)
+    found = step.read(PciDevices, addresses=sorted(devices.values()))
+    correct = True
+    for name, address in devices.items():
+        if found[address] is None:
+            raise GpulabError(f"{node.name}: no PCI device {address}.0 for mapping {name}")
+        current = read(client, name)
+        entries = [] if current is None else list(current["map"])
+        wanted = Device(address, **found[address]).entry(node.name)
+        if same(entries, with_node(entries, node.name, wanted)):
+            continue
+        correct = False
+        step.changes(f"mapping {name}", key_diff({node.name: _of(entries, node.name)}, {node.name: wanted}))
+        yield step.call(_write, client, node, name, wanted)
+    if correct:
+        step.noop(f"{', '.join(devices)}: named as the PCI tree shows them")
+
+
+def read(client: Client, name: str) -> dict[str, Any] | None:
+    """The mapping, or None. PVE has no 404: an unknown name is a 500."""
+    try:
+        found: dict[str, Any] = client.get("cluster", "mapping", "pci", name)
+    except ApiError as error:
+        if error.status == 500 and "not" in error.message:
+            return None
+        raise
+    return found
+
+
+def _of(entries: list[str], node: str) -> str | None:
+    return next((entry for entry in entries if f"node={node}" in entry.split(",")), None)
+
+
+def _write(client: Client, node: Node, name: str, wanted: str) -> None:
+    with _one_at_a_time[node.cluster_name]:
+        current = read(client, name)
+        if current is None:
+            client.change("POST", "cluster", "mapping", "pci", id=name, map=[wanted])
+            return
+        entries = with_node(list(current["map"]), node.name, wanted)
+        client.change("PUT", "cluster", "mapping", "pci", name, map=entries, digest=current["digest"])
+    if read(client, name) is None:
+        raise GpulabError(f"{node.name}: mapping {name} is not there after it was made")
