@@ -34,7 +34,7 @@ class GuestConnector(LabConnector):
         guest = self.lab.guests[self.host.name]
         node = self.lab.node_of(guest)
         try:
-            client = Client(node, retry_s=10)
+            client = Client(node, retry_s=5)
             client.on_request = self.count_request
             found = vm.read_state(client, guest.vmid)
         except GpulabError as error:

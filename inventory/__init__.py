@@ -174,6 +174,10 @@ def _check_lab(nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[s
                 guest.public_key()
             except OSError as error:
                 problems.append(f"{guest.name}: ssh_public_key: missing, and {error.filename}: {error.strerror}")
+        try:
+            guest.registry_certificates()
+        except OSError as error:
+            problems.append(f"{guest.name}: registry_ca: {error.filename}: {error.strerror}; expected a PEM file")
         problems += _check_gpu(node, guest)
     return problems
 

@@ -23,12 +23,13 @@ if "pyinfra_cli" not in sys.modules:
 
 from pyinfra_cli.exceptions import CliError, UnexpectedExternalError
 from pyinfra_cli.inventory import make_inventory
-from pyinfra_cli.util import parse_cli_arg
+from pyinfra_cli.util import PYTHON_CODES, parse_cli_arg
 
 __all__ = ["CliError", "UnexpectedExternalError", "parse_cli_arg", "resolve"]
 
 
 def resolve(path: str | Path, override: Mapping[str, Any]) -> Inventory:
     """The inventory as `pyinfra PATH` sees it: group data, host data and `--data` merged, no host contacted."""
+    PYTHON_CODES.clear()  # pyinfra keeps compiled files by name; a file that was edited must be read again
     with ctx_state.use(State()):
         return make_inventory(str(path), override_data=dict(override), cwd=str(Path.cwd()))

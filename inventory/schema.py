@@ -121,6 +121,8 @@ class Node(SshHost):
     cluster: Name | None = None
     #: Storage that holds cloud images (content type `import`).
     image_storage: Storage = "local"
+    #: Folder of that storage's snippets on the node.
+    snippets_dir: AbsolutePath = "/var/lib/vz/snippets"
     #: May the deploy reboot the node when its boot configuration needs it?
     allow_reboot: bool = True
     #: Seconds a reboot may take until SSH answers again; servers with much memory need minutes.
@@ -290,6 +292,14 @@ class Guest(SshHost):
     @property
     def packages(self) -> Distribution:
         return DISTRIBUTIONS[self.distribution]
+
+    def registry_certificates(self) -> dict[str, str]:
+        """`registry_ca` with the PEM texts in place of the files.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return {name: Path(path).expanduser().read_text() for name, path in self.registry_ca.items()}
 
     def public_key(self) -> str:
         """The key that cloud-init authorizes.

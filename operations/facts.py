@@ -24,8 +24,12 @@ class JsonFact(FactBase[Any]):
     def default() -> Any:
         return None
 
-    def command(self, **arguments: Any) -> StringCommand:
-        """Run `script` (Python, standard library only) with the keyword arguments as JSON in `sys.argv[1]`."""
+    def command(self, *_: Any, **arguments: Any) -> StringCommand:
+        """Run `script` (Python, standard library only) with the keyword arguments as JSON in `sys.argv[1]`.
+
+        A fact with arguments overrides this with their names: pyinfra binds them to the signature that it sees, and
+        would pass on what it finds in `**arguments` as one argument of that name.
+        """
         return python(self.script, arguments)
 
     def process(self, output: list[str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,9 @@ class Files(JsonFact):
     """The files named by `paths`: `{path: {content (base64), mode, mtime (seconds since the epoch)} | None}`."""
 
     script = _READ
+
+    def command(self, paths: Sequence[str]) -> StringCommand:
+        return super().command(paths=list(paths))
 
 
 def render(template: str, **values: Any) -> str:

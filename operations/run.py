@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from pyinfra import context
 from pyinfra.api import Host, State
 from pyinfra.api.exceptions import PyinfraError
-from pyinfra.api.output import format_text
+from pyinfra.api.output import echo
 from pyinfra.api.state import StateStage
 
 import inventory
@@ -49,6 +49,10 @@ def current(state: State) -> Run:
     if state not in _runs:
         _runs[state] = Run()
         record.start(state)
+        if not sys.stdin.isatty():
+            # Without -y pyinfra asks whether to go on when a host has failed; nobody is there to answer.
+            state.config.FAIL_PERCENT = None
+            state.should_raise_failed_hosts = None
     return _runs[state]
 
 
@@ -92,7 +96,7 @@ def _print_plan(state: State, run: Run, failed: Host | None = None) -> None:
         if host.name not in run.prepared:
             reason = run.failures.get(host.name, "could not connect")
             plan.of_run(state).add(plan.Entry(host.name, reason, (), plan.Kind.REFUSED))
-    print(format_text("--> gpulab's plan:", bold=True) + "\n" + plan.of_run(state).render(names), file=sys.stderr)
+    echo(f"--> gpulab's plan:\n{plan.of_run(state).render(names)}", err=True)
 
 
 @step.step

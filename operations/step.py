@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 from pyinfra import host, logger, state
 from pyinfra.api import FunctionCommand, Host, State, operation
 from pyinfra.api.command import PyinfraCommand
+from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.operation import OperationMeta
 from pyinfra.api.output import format_text
 from pyinfra.api.state import StateStage
@@ -90,7 +91,11 @@ def read(fact: type[JsonFact], **arguments: Any) -> Any:
     """
     if assumed():
         return fact.absent
-    value = host.get_fact(fact, **arguments)
+    try:
+        value = host.get_fact(fact, **arguments)
+    except PyinfraError:
+        # pyinfra raises "No hosts remaining" through the operation when the last host fails here.
+        value = None
     if value is None:
         raise GpulabError(f"{host.name}: could not read {fact.__name__}", "The lines above show what the host said.")
     return value
@@ -109,6 +114,11 @@ def changes(subject: str, lines: tuple[str, ...] = ()) -> None:
 def reboots(reason: str) -> None:
     """Record that this host is about to be rebooted."""
     _record(plan.Entry(host.name, "reboot", (reason,), plan.Kind.REBOOT, assumed()))
+
+
+def waits(subject: str, lines: tuple[str, ...] = ()) -> None:
+    """Record what this host will wait for, once what can be done has been done."""
+    _record(plan.Entry(host.name, subject, lines, plan.Kind.WAITS, assumed()))
 
 
 def assumed() -> bool:

@@ -14,7 +14,7 @@ import inventory
 from inventory import GpulabError, Node
 from inventory.secrets import Secrets
 from operations import step
-from operations.facts import JsonFact
+from operations.facts import JsonFact, python
 from operations.proxmox.client import ApiError, Client
 
 _VM = (
@@ -93,6 +93,9 @@ print(json.dumps({
     "ca": open("/etc/pve/pve-root-ca.pem").read(),
 }))
 """
+
+    def command(self, user: str) -> StringCommand:
+        return python(self.script, {"user": user})
 
 
 def bootstrap_commands(found: Mapping[str, Any], node: Node) -> list[tuple[str, ...]]:

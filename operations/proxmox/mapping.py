@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyinfra import context
-from pyinfra.api import Host
+from pyinfra.api import Host, StringCommand
 
 import inventory
 from inventory import GpulabError, Node
 from operations import step
-from operations.facts import JsonFact
+from operations.facts import JsonFact, python
 from operations.plan import key_diff
 from operations.proxmox.client import ApiError, Client
 
@@ -73,6 +73,9 @@ for address in json.loads(sys.argv[1])["addresses"]:
     }
 print(json.dumps(found))
 """
+
+    def command(self, addresses: list[str]) -> StringCommand:
+        return python(self.script, {"addresses": addresses})
 
 
 @step.step

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""What the programs on a host share. Standard library only; Python 3.11 and up."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def run(*argv: str, timeout: float = 60) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr; 127 when there is no such tool, 124 when it did not end in `timeout` seconds."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=environment, errors="replace")
+    except FileNotFoundError:
+        return 127, "", f"{argv[0]}: not found"
+    except subprocess.TimeoutExpired:
+        return 124, "", f"{argv[0]}: no end after {timeout:.0f} s"
+    return done.returncode, done.stdout, done.stderr
+
+
+def text(path: str) -> str | None:
+    """A file's content, None when it can't be read."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def packages(names: Iterable[str]) -> dict[str, str | None]:
+    """The version of each fully installed package, None for the others. A name may be a pattern of dpkg-query."""
+    wanted = list(names)
+    found: dict[str, str | None] = {name: None for name in wanted if "*" not in name}
+    if wanted:
+        listing = run("dpkg-query", "-W", "-f", "${Package}\t${Version}\t${db:Status-Status}\n", *wanted)[1]
+        for line in listing.splitlines():
+            name, version, status = line.split("\t")
+            if status == "installed":
+                found[name] = version
+    return found
+
+
+def units(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each unit: `load`, `enabled`, `active` (systemd's words) and `skipped`: a condition kept it from starting."""
+    wanted = list(names)
+    properties = "LoadState,UnitFileState,ActiveState,ConditionResult,ConditionTimestampMonotonic"
+    blocks = run("systemctl", "show", "-p", properties, *wanted)[1].split("\n\n")
+    found = {}
+    for name, block in zip(wanted, blocks, strict=False):
+        keys = dict(line.partition("=")[::2] for line in block.splitlines())
+        # A unit that was never tried has a result of "no", too, but no time of it.
+        tried = keys.get("ConditionTimestampMonotonic", "0") not in ("", "0")
+        found[name] = {
+            "load": keys.get("LoadState", ""),
+            "enabled": keys.get("UnitFileState", ""),
+            "active": keys.get("ActiveState", ""),
+            "skipped": tried and keys.get("ConditionResult") == "no",
+        }
+    return found
+
+
+def answer(read: Callable[..., Any]) -> None:
+    """Print what `read` returns for the arguments in `sys.argv[1]`, as JSON."""
+    print(json.dumps(read(**json.loads(sys.argv[1]))))
