@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""A lab in which every promise holds, as observations that a test can doctor, and a verify run over them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inventory.packages import TOOLKIT
+from verify.hosts import Unreachable, Unreadable
+from verify.observations import READER
+
+ROOT = Path(__file__).parents[2]
+DIGEST = "sha256:" + 64 * "a"
+TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
+CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+
+NODE: dict[str, Any] = {
+    "ssh_hostname": "192.0.2.11",
+    "passthrough": {"devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14}]},
+}
+GUEST: dict[str, Any] = {
+    "node": "pve1",
+    "vmid": 101,
+    "address": "192.0.2.101/24",
+    "gateway": "192.0.2.1",
+    "ssh_public_key": "ssh-ed25519 AAAA user@host",
+    "image": {"url": "https://images.example/debian.qcow2", "checksum": "sha256:" + 64 * "a", "filename": "d.qcow2"},
+    "services": {"ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"]}},
+}
+
+
+def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, Any] | None = None) -> Path:
+    """An inventory with one node and one guest, its state below `folder`; `node` and `guest` replace keys."""
+    state = folder / "state"
+    state.mkdir(exist_ok=True)
+    (state / "secrets.json").write_text(json.dumps({"pve1": {"-": {"api_token": TOKEN}}}))
+    (state / "secrets.json").chmod(0o600)
+    common = {"state_dir": str(state), "ssh_key": str(folder / "key")}
+    hosts = {
+        "nodes": [("@node/pve1", {**NODE, **common, **(node or {})})],
+        "guests": [("@guest/gpu01", {**GUEST, **common, **(guest or {})})],
+    }
+    path = folder / "lab.py"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in hosts.items()))
+    return path
+
+
+def healthy() -> dict[str, Any]:
+    """What would be read of that lab, subject by subject."""
+    now = time.time()
+    ids = {"vfio_ids": ["10de:24b0", "10de:228b"], "blacklist": ["nouveau", "nvidia", "nvidiafb"]}
+    functions = {
+        "0000:00:01.0": {"id": "8086:4c01", "driver": "pcieport", "group": "14", "bridge": True},
+        "0000:01:00.0": {"id": "10de:24b0", "driver": "vfio-pci", "group": "14", "bridge": False},
+        "0000:01:00.1": {"id": "10de:228b", "driver": "vfio-pci", "group": "14", "bridge": False},
+        "0000:02:00.0": {"id": "8086:15f3", "driver": "igc", "group": "15", "bridge": False},
+    }
+    versions = {"installed": "580.95.05-1", "candidate": "580.105.08-1", "priorities": {"580.105.08-1": 1000}}
+    repositories = (
+        "https://developer.download.nvidia.com/compute/cuda/repos",
+        "https://nvidia.github.io/libnvidia-container",
+    )
+    return {
+        "reach": {"error": "", "fix": ""},
+        "hypervisor": {
+            "pve_version": "pve-manager/9.1.4/5ac30304 (running kernel: 6.14.8-2-pve)",
+            "cmdline": "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 ro quiet iommu=pt",
+            "iommus": ["dmar0"],
+            "groups": ["14", "15"],
+            "devices": functions,
+            "modprobe": ids,
+            "initramfs": {"path": "/boot/initrd.img-6.14.8-2-pve", **ids},
+        },
+        "api": {"error": "", "state": "", "version": "9.1.4"},
+        "vm": {
+            "exists": True,
+            "status": "running",
+            "pending": [],
+            "config": {
+                "tags": "gpulab",
+                "cores": 8,
+                "memory": "16384",
+                "machine": "q35",
+                "hostpci0": "mapping=a4000,pcie=1",
+                "onboot": 1,
+                "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
+                "scsi0": "local-lvm:vm-101-disk-0,discard=on,size=64G",
+                "scsi1": "local-lvm:vm-101-disk-1,discard=on,size=200G",
+            },
+            "mapping": ["id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"],
+        },
+        "system": {
+            "addresses": ["127.0.0.1/8", "192.0.2.101/24"],
+            "data": {
+                "source": "/dev/sdb",
+                "filesystem": "ext4",
+                "separate": True,
+                "uuid": "1b2c",
+                "size_bytes": 200 * 2**30,
+                "fstab": "UUID=1b2c",
+            },
+            "packages": dict.fromkeys(
+                ("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-timesyncd"), "1"
+            ),
+            "sent": now,
+            "began": now + 0.05,
+            "ended": now + 0.15,
+            "received": now + 0.2,
+        },
+        "nvidia": {
+            "loaded": "580.95.05",
+            "on_disk": "580.95.05",
+            "policy": {
+                **{name: dict(versions) for name in ("nvidia-driver-cuda", "nvidia-kernel-open-dkms")},
+                **{name: {"installed": "1.20.0-1"} for name in TOOLKIT},
+            },
+            "sources": {url: [{"file": "nvidia.list", "signed_by": True, "trusted": False}] for url in repositories},
+            "xids": [31],
+            "nvml": {
+                "error": None,
+                "driver": "580.95.05",
+                "gpus": [
+                    {
+                        "name": "NVIDIA RTX A4000",
+                        "id": "10de:24b0",
+                        "bus": "00000000:01:00.0",
+                        "memory_mib": 16376,
+                        "link_width": 16,
+                        "link_generation": 1,
+                        "persistence": 1,
+                        "ecc": 0,
+                        "ecc_uncorrected": None,
+                        "remapped": [0, 0, 0],
+                    }
+                ],
+            },
+        },
+        "containers": {
+            "engine": {"active": "active", "version": "26.1.5", "cdi_folders": ["/etc/cdi", "/var/run/cdi"]},
+            "cdi": CDI,
+            "service": {
+                "exists": True,
+                "running": True,
+                "status": "running",
+                "health": "healthy",
+                "digests": [f"ollama/ollama@{DIGEST}"],
+                "models_folder": {
+                    "inside": "/root/.ollama/models",
+                    "outside": "/srv/data/ollama",
+                    "on_data_disk": True,
+                },
+                "listens": ["127.0.0.1"],
+                "nvidia_smi": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)",
+                "gpus": ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"],
+                "version": {"json": {"version": "0.32.0"}},
+                "tags": {"json": {"models": [{"name": "tiny:latest"}]}},
+            },
+        },
+        "ollama_port": {"open": False},
+        "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
+    }
+
+
+def ps_entry(size_vram: int) -> dict[str, Any]:
+    return {"name": "tiny:latest", "size_vram": size_vram}
+
+
+class Doctored:
+    """Answers in place of the hosts. An exception in the place of a subject is raised."""
+
+    def __init__(self, observations: dict[str, Any], down: tuple[str, ...] = ()) -> None:
+        self.observations = observations
+        self.down = down
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[READER] = self.read
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        if host in self.down and subject not in ("api", "vm"):
+            if subject == "reach":
+                return {"error": f"{host}: no SSH to root@192.0.2.11:22: Connection refused", "fix": "its console"}
+            raise Unreachable("refused", "its console")
+        found = self.observations[subject]
+        if isinstance(found, Exception):
+            raise found
+        answer: dict[str, Any] = copy.deepcopy(found)
+        return answer
+
+
+def api_refused() -> dict[str, Any]:
+    """The observations of a lab whose token was revoked."""
+    state = "the API of pve1 refuses the token"
+    refused = {"error": "pve1: https://192.0.2.11:8006 refuses the token", "state": state, "version": None}
+    return {**healthy(), "api": refused, "vm": Unreadable(state)}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A verify run that has ended."""
+
+    status: int
+    json: dict[str, Any]
+    html: str
+
+    def ids(self, *verdicts: str) -> set[str]:
+        """Ids of the checks that came to one of these verdicts."""
+        return {result["id"] for result in self.json["results"] if result["verdict"] in verdicts}
+
+    def result(self, id_: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = [result for result in self.json["results"] if result["id"] == id_]
+        assert len(found) == 1, f"{len(found)} results of {id_}"
+        return found[0]
+
+
+def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
+    """Run verify inside of this process, as `pytest verify --lab` does."""
+    folder = lab.parent / "report"
+    arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}"]
+    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))
+    return Verified(status, json.loads((folder / "verify.json").read_text()), (folder / "index.html").read_text())

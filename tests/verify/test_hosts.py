@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""Connections: strict host keys, one a host, and failures in words."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import paramiko
+import pytest
+
+import inventory
+from inventory import Node
+from tests.verify.healthy import lab_file, verify
+from tests.verify.ssh_server import SshServer
+from verify.hosts import Connection, Unreachable, Unreadable
+from verify.readers import Readers
+
+
+@pytest.fixture
+def server() -> Iterator[SshServer]:
+    with SshServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client_key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    paramiko.RSAKey.generate(2048).write_private_key_file(str(path))
+    return path
+
+
+def node_at(folder: Path, port: int, known_hosts: str = "") -> Node:
+    """A declared node on a loopback port, with the lab's known_hosts."""
+    lab = inventory.load(lab_file(folder, node={"ssh_hostname": "127.0.0.1", "ssh_port": port}))
+    (folder / "state/known_hosts").write_text(known_hosts)
+    return lab.nodes["pve1"]
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "remote.py"
+    path.write_text(text)
+    return path
+
+
+def refused(connection: Connection) -> Unreachable:
+    with pytest.raises(Unreachable) as caught:
+        connection.open()
+    return caught.value
+
+
+def test_pinned_host_is_read_over_one_connection(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    echo = script(tmp_path, "import json, sys\nprint(json.dumps({'given': json.loads(sys.argv[1])}))")
+
+    given = {"quotes": 'it\'s "odd" $HOME `id`', "word": "Zürich"}
+    assert connection.read(echo, given) == {"given": given}
+    assert connection.read(echo, {})["given"] == {}
+    assert server.connections == 1
+    connection.close()
+
+
+def test_unknown_host_key_is_refused(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    error = refused(Connection(node_at(tmp_path, server.port)))
+
+    assert f"pve1: no host key of root@127.0.0.1:{server.port} is pinned in {tmp_path}/state/known_hosts" in str(error)
+    assert "make bootstrap" in error.fix
+
+
+def test_changed_host_key_is_refused(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    other = paramiko.RSAKey.generate(2048)
+
+    error = refused(Connection(node_at(tmp_path, server.port, server.line(other))))
+
+    assert "shows another host key than the one pinned" in str(error)
+    assert "find out who answers there" in error.fix
+
+
+def test_users_own_ssh_configuration_does_not_weaken_it(
+    tmp_path: Path, server: SshServer, client_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/config").write_text("Host *\n  StrictHostKeyChecking no\n")
+    (tmp_path / ".ssh/known_hosts").write_text(server.line())
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert "no host key" in str(refused(Connection(node_at(tmp_path, server.port))))
+
+
+def test_refused_key_is_named(tmp_path: Path, client_key: Path) -> None:
+    with SshServer(accepts=False) as server:
+        error = refused(Connection(node_at(tmp_path, server.port, server.line())))
+
+    assert f"refuses the key {client_key}" in str(error)
+    assert error.fix == "ssh-copy-id root@127.0.0.1"
+
+
+def test_closed_port_is_tried_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    connection = Connection(node_at(tmp_path, port, "unused"))
+
+    error = refused(connection)
+
+    assert str(error) == f"pve1: no SSH to root@127.0.0.1:{port}: Connection refused"
+    assert refused(connection) is error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise SystemExit('no such thing')", "failed: no such thing"),
+        ("print('words')", "gave no JSON: 'words"),
+        ("import time; time.sleep(9)", "took more than 1 s"),
+    ],
+)
+def test_read_that_does_not_end_well_says_so(
+    tmp_path: Path, server: SshServer, client_key: Path, text: str, said: str
+) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+
+    with pytest.raises(Unreadable, match=f"reading {tmp_path.name} of pve1 {said}"):
+        connection.read(script(tmp_path, text), {}, limit_s=1)
+    connection.close()
+
+
+def test_file_is_sent_into_a_private_folder(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    file = script(tmp_path, "text")
+
+    folder = Path(connection.send(file))
+
+    try:
+        assert (folder / "remote.py").read_text() == "text"
+        assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        connection.close()
+        (folder / "remote.py").unlink()
+        folder.rmdir()
+
+
+def test_scripts_run_over_ssh_as_they_are_sent(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    """This machine is no node; its reads come to an end all the same."""
+    node_at(tmp_path, server.port, server.line())
+    lab = inventory.load(tmp_path / "lab.py")
+    readers = Readers(lab)
+
+    found = readers.read("pve1", "hypervisor")
+
+    assert found["cmdline"] and found["kernel"]
+    assert found["pve_version"] == ""
+    readers.close()
+
+
+def test_run_against_a_host_that_is_down_names_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stand-in for the reads here: the whole way, against a closed port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    node = {"ssh_hostname": "127.0.0.1", "ssh_port": port, "api": {"port": port}}
+
+    run = verify(lab_file(tmp_path, node=node), "--limit", "pve1")
+
+    assert run.ids("fail") == {"hypervisor.reachable", "vm.api.reachable"}
+    assert run.result("hypervisor.reachable")["message"].endswith("Connection refused")
+    assert run.result("hypervisor.iommu.on")["message"] == "pve1 is not reachable"
+    assert run.status == 1
+    assert "Traceback" not in capsys.readouterr().out

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""The report: parses, says what was simulated, keeps secrets, needs nothing from outside."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.verify.healthy import TOKEN, Doctored, healthy, lab_file, verify
+
+VOID = {"meta", "br", "link", "img", "hr"}
+
+
+class Balanced(HTMLParser):
+    """Notes tags that do not close in order, and everything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.problems: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.problems += [f"{tag} fetches {value}" for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> out of order")
+
+
+def problems(html: str) -> list[str]:
+    parser = Balanced()
+    parser.feed(html)
+    parser.close()
+    return parser.problems + parser.open
+
+
+def broken() -> dict[str, Any]:
+    observations = healthy()
+    observations["system"]["addresses"] = ['<b>&"odd"</b>']
+    observations["reach"] = {"error": f"gpu01: no SSH with {TOKEN} or {TOKEN.partition('=')[2]}", "fix": "look"}
+    return observations
+
+
+def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(broken()))
+
+    assert problems(run.html) == []
+    assert "url(" not in run.html and "<script" not in run.html and "@import" not in run.html
+    assert "&lt;b&gt;" in run.html and "<b>" not in run.html
+    # Readable without colour: the verdict stands there as a word.
+    assert run.html.count("✘ fail<") == run.json["failed"]
+
+
+def test_no_secret_reaches_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(broken()))
+
+    said = capsys.readouterr().out
+    for text in (run.html, (tmp_path / "report/verify.json").read_text(), said):
+        assert TOKEN not in text and TOKEN.partition("=")[2] not in text
+        assert "(secret)" in text
+
+
+def test_real_lab_has_no_banner(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(healthy()))
+
+    assert "SIMULATED" not in run.html
+    assert run.json["simulated"] == []
+
+
+def test_declared_stand_in_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulated = {"simulated": "rehearsal lab: GPU is a stand-in"}
+
+    run = verify(lab_file(tmp_path, simulated, simulated), plugin=Doctored(healthy()))
+
+    assert "SIMULATED" in run.html
+    assert run.json["simulated"] == ["rehearsal lab: GPU is a stand-in"]
+    assert all(result["simulated"] for result in run.json["results"])
+    assert "simulated: rehearsal lab: GPU is a stand-in" in capsys.readouterr().out
+
+
+def test_stand_in_that_nobody_declared_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observations = healthy()
+    observations["nvidia"]["simulated"] = ["NVML"]
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.result("nvidia.gpu.visible")["simulated"] == "NVML (by its own word)"
+    assert run.result("vm.running")["simulated"] == ""
+    assert "SIMULATED" in run.html
+    assert "simulated: NVML (by its own word)" in capsys.readouterr().out
+
+
+def test_json_counts_and_names(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["vm"]["status"] = "stopped"
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.json["checks"] == len(run.json["results"]) == run.json["passed"] + 1
+    assert (run.json["failed"], run.json["inconclusive"], run.json["not_run"]) == (1, 0, 0)
+    assert run.json["lab"] == "lab" and run.json["exit_status"] == run.status == 1
+    assert run.result("vm.running") | {"duration_s": 0} == {
+        "id": "vm.running",
+        "host": "gpu01",
+        "subject": "vm",
+        "severity": "critical",
+        "verdict": "fail",
+        "message": "gpu01: VM 101 is stopped, expected running",
+        "fix": f"pyinfra {tmp_path / 'lab.py'} deploy.py --limit gpu01",
+        "duration_s": 0,
+        "simulated": "",
+        "expected": False,
+    }
+
+
+def test_page_says_when_and_of_what_revision(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(healthy()))
+
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", run.json["when"])
+    assert run.json["when"] in run.html
+    assert run.json["revision"] in run.html

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""What a run comes to: verdicts, exit status, usage errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.verify.healthy import ROOT, Doctored, api_refused, healthy, lab_file, verify
+from verify.hosts import Unreadable
+from verify.verdicts import FAILED, INCOMPLETE, PASSED, Result, Severity, Verdict, exit_status
+
+
+def result(severity: Severity, verdict: Verdict, expected: bool = False) -> Result:
+    return Result("x.y", "gpu01", "x", severity, verdict, expected=expected)
+
+
+GOOD = result(Severity.CRITICAL, Verdict.PASS)
+
+
+@pytest.mark.parametrize(
+    ("others", "status"),
+    [
+        ([], PASSED),
+        ([result(Severity.MINOR, Verdict.FAIL)], PASSED),
+        ([result(Severity.MINOR, Verdict.NOT_RUN)], PASSED),
+        ([result(Severity.MINOR, Verdict.INCONCLUSIVE)], PASSED),
+        ([result(Severity.MAJOR, Verdict.FAIL)], FAILED),
+        ([result(Severity.CRITICAL, Verdict.FAIL)], FAILED),
+        ([result(Severity.MAJOR, Verdict.INCONCLUSIVE)], FAILED),
+        ([result(Severity.MAJOR, Verdict.NOT_RUN)], INCOMPLETE),
+        ([result(Severity.CRITICAL, Verdict.NOT_RUN)], INCOMPLETE),
+        ([result(Severity.CRITICAL, Verdict.NOT_RUN, expected=True)], PASSED),
+        ([result(Severity.MAJOR, Verdict.NOT_RUN), result(Severity.CRITICAL, Verdict.FAIL)], FAILED),
+    ],
+)
+def test_exit_status_follows_the_worst_critical_or_major_check(others: list[Result], status: int) -> None:
+    assert exit_status([GOOD, *others]) == status
+
+
+def test_nothing_collected_is_incomplete(tmp_path: Path) -> None:
+    assert exit_status([]) == INCOMPLETE
+    assert verify(lab_file(tmp_path), "-k", "no.such.check", plugin=Doctored(healthy())).status == INCOMPLETE
+
+
+def test_minor_failure_is_shown_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    observations = healthy()
+    observations["vm"]["pending"] = ["memory"]
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.status == PASSED
+    assert "FAIL vm.pending [minor] gpu01" in capsys.readouterr().out
+
+
+def test_revoked_token_fails_one_check_and_says_why_the_others_did_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(api_refused()))
+
+    assert run.ids("fail") == {"vm.api.reachable"}
+    assert run.ids("not run") == {result["id"] for result in run.json["results"] if result["subject"] == "vm"} - {
+        "vm.api.reachable"
+    }
+    assert run.status == FAILED
+    said = capsys.readouterr().out
+    assert said.count("the API of pve1 refuses the token") == 1
+    assert "fix: make bootstrap LAB=" in said
+
+
+@pytest.mark.parametrize("host", ["pve1", "gpu01"])
+def test_unreachable_host_fails_one_check_and_the_rest_of_it_is_not_run(tmp_path: Path, host: str) -> None:
+    run = verify(lab_file(tmp_path), plugin=Doctored(healthy(), down=(host,)))
+
+    assert run.ids("fail") == {"hypervisor.reachable" if host == "pve1" else "system.reachable"}
+    unread = [result for result in run.json["results"] if result["host"] == host and result["subject"] != "vm"]
+    assert {result["verdict"] for result in unread} == {"fail", "not run"}
+    assert {result["message"] for result in unread if result["verdict"] == "not run"} == {f"{host} is not reachable"}
+
+
+def test_broken_read_is_not_run(tmp_path: Path) -> None:
+    observations = {**healthy(), "nvidia": Unreadable("reading nvidia of gpu01 took more than 60 s")}
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.status == INCOMPLETE
+    assert run.result("nvidia.gpu.visible")["message"] == "reading nvidia of gpu01 took more than 60 s"
+
+
+def test_expected_not_run_is_excused_by_name_in_a_simulated_lab(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest: dict[str, Any] = {"simulated": "rehearsal", "expected_not_run": ["containers.ollama.gpu"]}
+    image = healthy()["containers"]["service"]["digests"][0]
+    guest["services"] = {"ollama": {"image": image}}
+
+    run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
+
+    assert run.status == PASSED
+    assert run.json["expected_not_run"] == ["containers.ollama.gpu"]
+    assert "expected not to run: containers.ollama.gpu on gpu01 (no model declared)" in capsys.readouterr().out
+
+
+def test_expected_not_run_excuses_no_failure(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["ollama_load"]["load"] = {"error": "HTTP 500"}
+    guest = {"simulated": "rehearsal", "expected_not_run": ["containers.ollama.gpu"]}
+
+    assert verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations)).status == FAILED
+
+
+def test_expected_not_run_excuses_nothing_on_real_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guest: dict[str, Any] = {"expected_not_run": ["containers.ollama.gpu"]}
+    guest["services"] = {"ollama": {"image": healthy()["containers"]["service"]["digests"][0]}}
+
+    run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
+
+    assert run.status == INCOMPLETE
+    assert "gpu01: expected_not_run excuses nothing here" in capsys.readouterr().out
+
+
+def test_checks_after_a_stop_are_not_run(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["hypervisor"]["iommus"] = []
+
+    run = verify(lab_file(tmp_path), "-x", plugin=Doctored(observations))
+
+    assert run.status == FAILED
+    assert run.result("containers.ollama.gpu")["message"] == "the run was stopped before it"
+
+
+def test_limit_chooses_hosts_and_the_api_that_answers_for_them(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), "--limit", "guests", plugin=Doctored(healthy()))
+
+    assert {result["id"] for result in run.json["results"] if result["host"] == "pve1"} == {"vm.api.reachable"}
+    assert run.status == PASSED
+
+
+def test_data_reaches_the_inventory(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), "--data", "cores=3", plugin=Doctored(healthy()))
+
+    assert run.result("vm.cores")["message"] == "gpu01: 8 cores, expected 3"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "verify needs an inventory"),
+        (["--lab", "{missing}"], "no such inventory file"),
+        (["--lab", "{lab}", "--limit", "gpu9"], "--limit gpu9 matches no host; the inventory has pve1, gpu01"),
+        (["--lab", "{lab}", "--data", "cores=many"], "gpu01: cores = 'many': expected a valid integer"),
+    ],
+)
+def test_wrong_use_is_answered_in_words(tmp_path: Path, options: list[str], said: str) -> None:
+    places = {"lab": lab_file(tmp_path), "missing": tmp_path / "missing.py"}
+    command = [sys.executable, "-m", "pytest", "verify", "-p", "no:cacheprovider"]
+
+    done = subprocess.run(
+        [*command, *(option.format(**places) for option in options)], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert done.returncode == 4
+    assert said in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

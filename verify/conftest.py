@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: MIT
+"""pytest's part of verify: options, hosts, observations, verdicts, exit status, report.
+
+pytest verify --lab inventory/lab.py [--limit gpu01] [-k nvidia.driver] [-m critical]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inventory
+from inventory import GpulabError, Guest, Lab, Node
+from inventory.cards import Card
+from verify.observations import READER, Observation, Observations
+from verify.readers import SUBJECTS, Readers, machine
+from verify.report import Run, revision, write
+from verify.report.summary import lines
+from verify.selection import hosts_for, limited
+from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status
+
+#: Folders in the order in which a reader wants them: from the metal up.
+ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
+ROOM = Path(__file__).parent
+
+LAB = pytest.StashKey[Lab]()
+CHOSEN = pytest.StashKey[Collection[str]]()
+READERS = pytest.StashKey[Readers]()
+OBSERVATIONS = pytest.StashKey[Observations]()
+RESULTS = pytest.StashKey[dict[str, Result]]()
+SEEN = pytest.StashKey[str]()
+BEGAN = pytest.StashKey[float]()
+RUN = pytest.StashKey[Run]()
+#: Where a report carries its verdict to pytest_report_teststatus().
+VERDICT = "gpulab_verdict"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gpulab")
+    group.addoption("--lab", metavar="FILE", help="the inventory whose promises are checked (required)")
+    group.addoption("--limit", metavar="HOST", action="append", default=[], help="only this host or group; repeatable")
+    group.addoption("--data", metavar="KEY=VALUE", action="append", default=[], help="as pyinfra's --data; repeatable")
+    group.addoption("--report", metavar="DIR", help="where the report goes (default: reports/<name of the lab>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on(kind): the hosts a check is for: nodes, apis, guests, gpus, ollama")
+    if config.option.help or getattr(config.option, "markers", False):
+        return
+    file = config.getoption("--lab")
+    if file is None:
+        raise pytest.UsageError("verify needs an inventory\nhint: pytest verify --lab inventory/lab.py")
+    try:
+        lab = inventory.load(file, config.getoption("--data"))
+        chosen = limited(lab, config.getoption("--limit"))
+    except (GpulabError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[LAB], config.stash[CHOSEN] = lab, chosen
+    config.stash[RESULTS] = {}
+    config.stash[BEGAN] = time.time()
+    # Our own summary says it better: without tracebacks and with what would heal each failure.
+    if config.option.tbstyle == "auto":
+        config.option.tbstyle = "no"
+    if config.option.reportchars == "fE":
+        config.option.reportchars = ""
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if OBSERVATIONS in config.stash:
+        config.stash[OBSERVATIONS].close()
+    if READERS in config.stash:
+        config.stash[READERS].close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("on")
+    if mark is not None:
+        names = hosts_for(metafunc.config.stash[LAB], mark.args[0], metafunc.config.stash[CHOSEN])
+        metafunc.parametrize("machine_name", names, ids=names, scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A check of a kind that no chosen host is of would be a skip of pytest's own.
+    items[:] = [item for item in items if host_of(item) is not None or "machine_name" not in fixtures_of(item)]
+    for item in items:
+        if host_of(item) is None or promise(item) is None or severity(item) is None:
+            raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
+    items.sort(key=lambda item: (ROOMS.index(subject_of(item)), item.path.name))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """`-k nvidia.driver` chooses by id."""
+    mark = promise(item)
+    if mark is not None:
+        item.extra_keyword_matches.add(mark.args[0])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to read, for all hosts at once, what the chosen checks will ask for."""
+    config = session.config
+    if config.option.collectonly:
+        return
+    lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
+    if READER not in config.stash:
+        config.stash[READERS] = readers = Readers(config.stash[LAB])
+        config.stash[READER], lane_of = readers.read, readers.lane
+    wanted = {(host_of(item) or "", name) for item in session.items for name in fixtures_of(item) if name in SUBJECTS}
+    config.stash[OBSERVATIONS] = Observations(config.stash[READER], lane_of)
+    config.stash[OBSERVATIONS].start(sorted(wanted, key=lambda pair: SUBJECTS.index(pair[1])))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.failed or report.skipped:
+        # A check that broke in its teardown has a verdict already; a broken one takes it back.
+        result = judge(item, call, report)
+        item.config.stash[RESULTS][item.nodeid] = result
+        setattr(report, VERDICT, result.verdict)
+    return report
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """`?` and `-` in place of pytest's skips."""
+    match getattr(report, VERDICT, None):
+        case Verdict.INCONCLUSIVE:
+            return "inconclusive", "?", "INCONCLUSIVE"
+        case Verdict.NOT_RUN:
+            return "not run", "-", "NOT RUN"
+    return None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    if OBSERVATIONS not in config.stash or config.option.collectonly:
+        return
+    for item in session.items:
+        if item.nodeid not in config.stash[RESULTS]:
+            config.stash[RESULTS][item.nodeid] = outcome(item, Verdict.NOT_RUN, "the run was stopped before it")
+    results = list(config.stash[RESULTS].values())
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = exit_status(results)
+    elif exitstatus == pytest.ExitCode.INTERRUPTED:
+        session.exitstatus = INCOMPLETE
+    lab, file = config.stash[LAB], Path(config.getoption("--lab"))
+    run = Run(
+        lab=file.stem,
+        file=str(file),
+        began=config.stash[BEGAN],
+        duration_s=time.time() - config.stash[BEGAN],
+        revision=revision(config.rootpath),
+        limits=tuple(config.getoption("--limit")),
+        simulated=sorted({machine(lab, name).simulated for name in config.stash[CHOSEN]} - {""}),
+        unexcused=unexcused(lab, config.stash[CHOSEN]),
+        exit_status=int(session.exitstatus),
+        results=results,
+    )
+    folder = Path(config.getoption("--report") or config.invocation_params.dir / "reports" / file.stem)
+    config.stash[RUN] = write(run, folder, [machine(lab, name).state for name in (*lab.nodes, *lab.guests)])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if RUN in config.stash:
+        terminalreporter.write_line("")
+        for line in lines(config.stash[RUN]):
+            terminalreporter.write_line(line)
+
+
+def judge(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> Result:
+    """The verdict of a check that has ended, in words for its reader."""
+    error = call.excinfo.value if call.excinfo is not None else None
+    match error:
+        case None:
+            return outcome(item, Verdict.PASS, item.stash.get(SEEN, ""), duration_s=report.duration)
+        case Undecided():
+            return outcome(item, error.verdict, str(error), duration_s=report.duration)
+        case pytest.skip.Exception():
+            return outcome(item, Verdict.NOT_RUN, str(error), duration_s=report.duration)
+        case AssertionError():
+            fix = error.fix if isinstance(error, Broken) else None
+            # pytest adds how the compared values came about; the message of the check says what they mean.
+            message = str(error).partition("\nassert ")[0]
+            return outcome(item, Verdict.FAIL, message, fix, report.duration)
+    return outcome(
+        item,
+        Verdict.FAIL,
+        f"the check itself broke: {type(error).__name__}: {error}",
+        "run it again with --tb=long, and report it",
+        report.duration,
+    )
+
+
+def outcome(
+    item: pytest.Item, verdict: Verdict, message: str, fix: str | None = None, duration_s: float = 0.0
+) -> Result:
+    """A result of `item`; `fix` defaults to that of its promise."""
+    lab, name = item.config.stash[LAB], host_of(item) or ""
+    host, mark, level = machine(lab, name), promise(item), severity(item)
+    assert mark is not None and level is not None  # pytest_collection_modifyitems refused all others
+    places = {"lab": item.config.getoption("--lab"), "host": name, "node": getattr(host, "node", name)}
+    expected = isinstance(host, Guest) and mark.args[0] in host.expected_not_run and bool(host.simulated)
+    observed = [value.simulated for value in getattr(item, "funcargs", {}).values() if isinstance(value, Observation)]
+    return Result(
+        id=mark.args[0],
+        host=name,
+        subject=subject_of(item),
+        severity=level,
+        verdict=verdict,
+        message=message,
+        fix=(mark.kwargs["fix"] if fix is None else fix).format(**places) if verdict is Verdict.FAIL else "",
+        duration_s=duration_s,
+        simulated=host.simulated or ", ".join(filter(None, observed)),
+        expected=expected and verdict is Verdict.NOT_RUN,
+    )
+
+
+def unexcused(lab: Lab, chosen: Collection[str]) -> list[str]:
+    """Guests of real hardware that expect checks not to run: nothing is excused there."""
+    guests = [lab.guests[name] for name in chosen if name in lab.guests]
+    return [guest.name for guest in guests if guest.expected_not_run and not guest.simulated]
+
+
+def host_of(item: pytest.Item) -> str | None:
+    """The host that a check is about; None: it was collected for none."""
+    call = getattr(item, "callspec", None)
+    name = call.params.get("machine_name") if call is not None else None
+    return name if isinstance(name, str) else None
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    return list(getattr(item, "fixturenames", []))
+
+
+def promise(item: pytest.Item) -> pytest.Mark | None:
+    """The check's id (its only argument) and `fix`."""
+    return item.get_closest_marker("promise")
+
+
+def severity(item: pytest.Item) -> Severity | None:
+    """The check's severity, None unless it has exactly one."""
+    found = [level for level in Severity if item.get_closest_marker(level.value)]
+    return found[0] if len(found) == 1 else None
+
+
+def subject_of(item: pytest.Item) -> str:
+    """The folder that the check lies in."""
+    return item.path.relative_to(ROOM).parts[0]
+
+
+@pytest.fixture(scope="session")
+def lab(pytestconfig: pytest.Config) -> Lab:
+    return pytestconfig.stash[LAB]
+
+
+@pytest.fixture
+def node(lab: Lab, machine_name: str) -> Node:
+    """The node that the check is about, or that its guest runs on."""
+    return lab.nodes[machine_name] if machine_name in lab.nodes else lab.node_of(lab.guests[machine_name])
+
+
+@pytest.fixture
+def guest(lab: Lab, machine_name: str) -> Guest:
+    return lab.guests[machine_name]
+
+
+@pytest.fixture
+def card(lab: Lab, guest: Guest) -> Card:
+    """What the card table knows of the guest's GPU."""
+    card = lab.card_of(guest)
+    assert card is not None
+    return card
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Says what a check that passes has seen; the report shows it."""
+
+    def say(text: str) -> None:
+        request.node.stash[SEEN] = text
+
+    return say
+
+
+def observation(subject: str) -> Callable[..., Observation]:
+    """The fixture of a subject: what was read of the host, once a session."""
+
+    def read(pytestconfig: pytest.Config, machine_name: str) -> Observation:
+        return pytestconfig.stash[OBSERVATIONS].get(machine_name, subject)
+
+    return pytest.fixture(name=subject)(read)
+
+
+reach = observation("reach")
+hypervisor = observation("hypervisor")
+system = observation("system")
+nvidia = observation("nvidia")
+containers = observation("containers")
+ollama_load = observation("ollama_load")
+ollama_port = observation("ollama_port")
+api = observation("api")
+vm = observation("vm")

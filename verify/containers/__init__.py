@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Container engine, CDI and the services in the guest."""

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""Runs on the guest, as root, with the standard library alone: prints the container engine's state as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+#: The label of an image that stands in for the real one.
+STAND_IN = "org.gpulab.stand-in"
+#: The state LISTEN in /proc/net/tcp.
+LISTEN = "0A"
+
+
+def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]:
+    """`arguments`: `mount` of the data disk; `container` and `port` of the service, both None without one."""
+    information = as_json(output(["docker", "info", "--format", "{{json .}}"])) or {}
+    name = arguments["container"]
+    service = container(root, name, arguments["port"], arguments["mount"]) if name else None
+    devices = cdi_devices([root / folder.lstrip("/") for folder in information.get("CDISpecDirs") or []])
+    in_container = (service or {}).get("nvidia_smi", "")
+    says = {"nvidia-smi": in_container, f"the image of {name}": (service or {}).get("stand_in") or ""}
+    return {
+        "engine": {
+            "active": output(["systemctl", "is-active", "docker.service"]).strip(),
+            "version": information.get("ServerVersion"),
+            "cdi_folders": information.get("CDISpecDirs") or [],
+        },
+        "cdi": devices,
+        "service": service,
+        "simulated": [source for source, text in says.items() if "simulated" in text.lower()],
+    }
+
+
+def cdi_devices(folders: list[Path]) -> list[str]:
+    """Qualified names of the devices in CDI specifications, `nvidia.com/gpu=0`.
+
+    nvidia-ctk writes YAML, which the standard library cannot read: kind and device names are found by their lines.
+    """
+    found = set()
+    for folder in folders:
+        for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+            if path.suffix not in (".yaml", ".yml", ".json"):
+                continue
+            text = path.read_text(errors="replace")
+            kind = re.search(r"""["']?kind["']?\s*:\s*["']?([^\s"',]+)""", text)
+            # Names of devices, not of hooks or variables: these stand as list items or object members.
+            for device in re.findall(r"""(?:-\s+|["'{,]\s*|^\s+)["']?name["']?\s*:\s*["']?([^\s"',}]+)""", text, re.M):
+                if kind:
+                    found.add(f"{kind[1]}={device}")
+    return sorted(found)
+
+
+def container(root: Path, name: str, port: int, mount: str) -> dict[str, Any]:
+    """The service's container: what runs, from which image, where its files lie, what it answers."""
+    inspected = (as_json(output(["docker", "inspect", "--type", "container", name])) or [None])[0]
+    if inspected is None:
+        return {"exists": False, "running": False, "listens": listening(root, port)}
+    image = (as_json(output(["docker", "image", "inspect", inspected["Image"]])) or [{}])[0]
+    environment = dict(item.partition("=")[::2] for item in inspected["Config"].get("Env") or [])
+    running = bool(inspected["State"]["Running"])
+    found: dict[str, Any] = {
+        "exists": True,
+        "running": running,
+        "status": inspected["State"]["Status"],
+        "health": (inspected["State"].get("Health") or {}).get("Status"),
+        "digests": image.get("RepoDigests") or [],
+        "stand_in": ((image.get("Config") or {}).get("Labels") or {}).get(STAND_IN),
+        "models_folder": models_folder(environment, inspected.get("Mounts") or [], mount),
+        "listens": listening(root, port),
+    }
+    if running:
+        smi = run(["docker", "exec", name, "nvidia-smi", "-L"])
+        found["nvidia_smi"] = smi.stdout + smi.stderr
+        found["gpus"] = (
+            [line for line in smi.stdout.splitlines() if line.startswith("GPU ")] if not smi.returncode else []
+        )
+        found["version"] = ask(port, "/api/version")
+        found["tags"] = ask(port, "/api/tags")
+    return found
+
+
+def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], data: str) -> dict[str, Any]:
+    """Where Ollama's models lie on the guest, and whether that is on the data disk."""
+    inside = Path(environment.get("OLLAMA_MODELS") or Path(environment.get("HOME") or "/root") / ".ollama/models")
+    holding = [item for item in mounts if inside.is_relative_to(item["Destination"])]
+    if not holding:
+        return {"inside": str(inside), "outside": None, "on_data_disk": False}
+    nearest = max(holding, key=lambda item: len(item["Destination"]))
+    outside = Path(nearest["Source"])
+    same = os.path.ismount(data) and outside.exists() and outside.stat().st_dev == os.stat(data).st_dev
+    return {"inside": str(inside), "outside": str(outside), "on_data_disk": same}
+
+
+def listening(root: Path, port: int) -> list[str]:
+    """Local addresses on which something listens on TCP `port`, as the kernel counts them."""
+    found = set()
+    for name, width in (("tcp", 8), ("tcp6", 32)):
+        path = root / "proc/net" / name
+        for line in path.read_text().splitlines()[1:] if path.exists() else []:
+            address, _, number = line.split()[1].partition(":")
+            if line.split()[3] == LISTEN and int(number, 16) == port:
+                found.add(dotted(address[:width]))
+    return sorted(found)
+
+
+def dotted(raw: str) -> str:
+    """An address of /proc/net/tcp, whose 32-bit words are in the machine's (little-endian) order."""
+    octets = [raw[start : start + 8] for start in range(0, len(raw), 8)]
+    data = b"".join(bytes.fromhex(part)[::-1] for part in octets)
+    if len(data) == 4:
+        return ".".join(str(octet) for octet in data)
+    return ":".join(data[start : start + 2].hex() for start in range(0, 16, 2))
+
+
+def ask(port: int, path: str, body: dict[str, Any] | None = None, limit_s: float = 10.0) -> dict[str, Any]:
+    """What the service answers on the guest's loopback address: `json`, or `error`."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    # The guest may have a proxy in its environment; loopback is never behind it.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=limit_s) as answer:
+            return {"json": json.loads(answer.read())}
+    except urllib.error.HTTPError as error:
+        return {"error": f"HTTP {error.code}: {error.read(300).decode(errors='replace').strip()}"}
+    except (OSError, ValueError) as error:
+        return {"error": str(error)}
+
+
+def load_model(port: int, model: str, limit_s: float) -> dict[str, Any]:
+    """Load a model as an empty prompt does, and what then lies in memory."""
+    loaded = ask(port, "/api/generate", {"model": model, "prompt": "", "stream": False}, limit_s)
+    return {"load": loaded, "ps": ask(port, "/api/ps"), "simulated": []}
+
+
+def as_json(text: str) -> Any:
+    """The parsed text; None: it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that ended, with status 127 when it is not there or takes too long."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
+def output(command: list[str]) -> str:
+    """What a command prints."""
+    return run(command).stdout
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    json.dump(
+        load_model(given["port"], given["model"], given["limit_s"]) if "model" in given else observe(given), sys.stdout
+    )

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""One testinfra connection a host, with the host keys that deploy pinned and no others."""
+
+from __future__ import annotations
+
+import functools
+import json
+import secrets
+import shlex
+from pathlib import Path
+from typing import Any
+
+import paramiko
+import testinfra.host
+from paramiko.pkey import UnknownKeyType
+from testinfra.backend.paramiko import ParamikoBackend
+
+from inventory import Guest, Node
+
+#: Seconds until a host that does not answer is given up.
+CONNECT_S = 10.0
+
+
+class Unreachable(Exception):
+    """No connection; `fix` says what to do about it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.fix = fix
+
+
+class Unreadable(Exception):
+    """The host is there, but a read on it did not come to an end."""
+
+
+class StrictBackend(ParamikoBackend):
+    """testinfra's paramiko backend with strict host keys, also when it opens its connection again.
+
+    The original accepts any key with a warning and obeys a `StrictHostKeyChecking no` of the user's own
+    configuration.
+    """
+
+    def __init__(self, machine: Node | Guest) -> None:
+        super().__init__(machine.ssh_hostname)
+        self.machine = machine
+        self.limit_s = 60.0
+
+    @functools.cached_property
+    def client(self) -> paramiko.SSHClient:
+        machine = self.machine
+        client = paramiko.SSHClient()
+        client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        known_hosts = machine.state / "known_hosts"
+        if known_hosts.is_file():
+            client.load_host_keys(str(known_hosts))
+        client.connect(
+            machine.ssh_hostname,
+            port=machine.ssh_port,
+            username=machine.ssh_user,
+            pkey=private_key(machine.ssh_key),
+            look_for_keys=machine.ssh_key is None,
+            timeout=CONNECT_S,
+            banner_timeout=CONNECT_S,
+            auth_timeout=CONNECT_S,
+        )
+        return client
+
+    def _exec_command(self, command: bytes) -> tuple[int, bytes, bytes]:
+        transport = self.client.get_transport()
+        if transport is None:
+            raise paramiko.SSHException("the connection is closed")
+        channel = transport.open_session(timeout=CONNECT_S)
+        channel.settimeout(self.limit_s)
+        channel.exec_command(command)
+        stdout = b"".join(channel.makefile("rb"))
+        stderr = b"".join(channel.makefile_stderr("rb"))
+        return channel.recv_exit_status(), stdout, stderr
+
+
+class Connection:
+    """A host's SSH connection, opened by the first read."""
+
+    def __init__(self, machine: Node | Guest) -> None:
+        self.machine = machine
+        self._backend = StrictBackend(machine)
+        self.host = testinfra.host.Host(self._backend)
+        self._backend.set_host(self.host)
+        self._refused: Unreachable | None = None
+
+    def open(self) -> None:
+        """Connect, once.
+
+        Raises:
+            Unreachable: with the reason; asked again it answers the same without another try.
+        """
+        if self._refused is not None:
+            raise self._refused
+        try:
+            self._backend.client  # noqa: B018
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self._refused = refusal(self.machine, error)
+            raise self._refused from error
+
+    def read(self, script: Path, arguments: dict[str, Any], limit_s: float = 60.0) -> dict[str, Any]:
+        """Run a Python script of ours on the host, as root, and return the JSON object that it prints.
+
+        Raises:
+            Unreachable: no connection.
+            Unreadable: the script did not end well within `limit_s` seconds without output.
+        """
+        self.open()
+        command = ["python3", "-I", "-c", script.read_text(), json.dumps(arguments)]
+        if self.machine.ssh_user != "root":
+            command = ["sudo", "-n", *command]
+        self._backend.limit_s = limit_s
+        what = f"{script.parent.name} of {self.machine.name}"
+        try:
+            answer = self.host.run(shlex.join(command))
+        except TimeoutError:
+            raise Unreadable(f"reading {what} took more than {limit_s:.0f} s") from None
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise Unreadable(f"the connection broke while reading {what}: {error}") from error
+        if answer.rc != 0:
+            last = (answer.stderr.strip().splitlines() or [f"exit status {answer.rc}"])[-1]
+            raise Unreadable(f"reading {what} failed: {last}")
+        try:
+            found: dict[str, Any] = json.loads(answer.stdout)
+        except ValueError:
+            raise Unreadable(f"reading {what} gave no JSON: {answer.stdout[:80]!r}") from None
+        return found
+
+    def send(self, file: Path) -> str:
+        """Copy a file into a new private folder below the host's /tmp and return that folder.
+
+        Raises:
+            Unreachable, Unreadable: as `read`.
+        """
+        self.open()
+        folder = f"/tmp/gpulab-verify-{secrets.token_hex(8)}"
+        try:
+            with self._backend.client.open_sftp() as sftp:
+                sftp.mkdir(folder, 0o700)
+                sftp.put(str(file), f"{folder}/{file.name}", confirm=False)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise Unreadable(f"{self.machine.name} takes no file by SFTP: {error}") from error
+        return folder
+
+    def close(self) -> None:
+        """End the connection if there is one."""
+        client = vars(self._backend).get("client")
+        if client is not None:
+            client.close()
+
+
+def private_key(file: str | None) -> paramiko.PKey | None:
+    """The key in a file; None: there is none that can be used without asking, so the agent's turn has come.
+
+    Given a file's name, paramiko tries it as every type of key in turn and reports the last type that it is not.
+    """
+    if file is None:
+        return None
+    try:
+        return paramiko.PKey.from_path(Path(file).expanduser())
+    except (OSError, ValueError, paramiko.SSHException, UnknownKeyType):
+        return None
+
+
+def refusal(machine: Node | Guest, error: Exception) -> Unreachable:
+    """Why a connection failed, in words, and what to do."""
+    where = f"{machine.ssh_user}@{machine.ssh_hostname}:{machine.ssh_port}"
+    known_hosts = machine.state / "known_hosts"
+    node = isinstance(machine, Node)
+    pin = "make bootstrap LAB={lab}" if node else "pyinfra {lab} deploy.py --limit {host}"
+    match error:
+        case paramiko.BadHostKeyException():
+            return Unreachable(
+                f"{machine.name}: {where} shows another host key than the one pinned in {known_hosts}",
+                f"if the host was made anew on purpose: {pin}; otherwise find out who answers there",
+            )
+        case paramiko.SSHException() if "authentication" in str(error).lower():
+            return Unreachable(
+                f"{machine.name}: {where} refuses the key {machine.ssh_key or '(agent and default keys)'}",
+                f"ssh-copy-id {machine.ssh_user}@{machine.ssh_hostname}" if node else pin,
+            )
+        case paramiko.SSHException() if "known_hosts" in str(error):
+            return Unreachable(f"{machine.name}: no host key of {where} is pinned in {known_hosts}", pin)
+        case TimeoutError():
+            reason = f"no answer within {CONNECT_S:.0f} s"
+        case paramiko.ssh_exception.NoValidConnectionsError():
+            reason = ", ".join(
+                sorted({str(getattr(cause, "strerror", None) or cause) for cause in error.errors.values()})
+            )
+        case OSError(strerror=str() as words):
+            reason = words
+        case _:
+            reason = str(error) or type(error).__name__
+    fix = "look at its console" if node else "pyinfra {lab} deploy.py --limit {host}"
+    return Unreachable(f"{machine.name}: no SSH to {where}: {reason}", fix)

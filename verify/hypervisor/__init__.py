@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The node: IOMMU, vfio binding and boot configuration, read over its own SSH connection."""

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""The subjects: which of them a host has, and how each is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from inventory import Guest, Lab, Node
+from inventory.packages import TOOLKIT
+from verify.hosts import Connection, Unreachable
+from verify.vm.api import Api
+
+ROOM = Path(__file__).parent
+#: Subjects in the order in which a host's lane reads them. Each is also the name of a fixture.
+SUBJECTS = ("reach", "hypervisor", "system", "nvidia", "containers", "ollama_load", "ollama_port", "api", "vm")
+#: Seconds until a port that does not answer counts as closed.
+PORT_S = 2.0
+#: Seconds for a model to come from the disk into the GPU's memory.
+LOAD_S = 300.0
+
+
+class Readers:
+    """Reads any subject of any host of a lab, over one connection a host and one client an API."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._lock = threading.Lock()
+        self._connections: dict[str, Connection] = {}
+        self._apis: dict[str, Api] = {}
+        self._ways: dict[str, Callable[[Any], dict[str, Any]]] = {
+            "reach": self._reach,
+            "hypervisor": self._hypervisor,
+            "system": self._system,
+            "nvidia": self._nvidia,
+            "containers": self._containers,
+            "ollama_load": self._ollama_load,
+            "ollama_port": self._ollama_port,
+            "api": lambda node: self._api(node).reach(),
+            "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
+        }
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        """One subject of one host. Raises Unreachable or Unreadable."""
+        return self._ways[subject](machine(self._lab, host))
+
+    def lane(self, host: str, subject: str) -> str:
+        """What has to wait for one another: the reads over one connection."""
+        if subject == "ollama_port":
+            return f"port of {host}"
+        if subject == "vm":
+            return f"api of {self._lab.guests[host].node}"
+        return f"api of {host}" if subject == "api" else host
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+    def _connection(self, host: Node | Guest) -> Connection:
+        with self._lock:
+            if host.name not in self._connections:
+                self._connections[host.name] = Connection(host)
+            return self._connections[host.name]
+
+    def _api(self, node: Node) -> Api:
+        with self._lock:
+            return self._apis.setdefault(node.name, Api(node))
+
+    def _reach(self, host: Node | Guest) -> dict[str, Any]:
+        try:
+            self._connection(host).open()
+        except Unreachable as error:
+            return {"error": str(error), "fix": error.fix}
+        return {"error": "", "fix": ""}
+
+    def _hypervisor(self, node: Node) -> dict[str, Any]:
+        return self._connection(node).read(ROOM / "hypervisor/remote.py", {})
+
+    def _system(self, guest: Guest) -> dict[str, Any]:
+        connection = self._connection(guest)
+        connection.open()
+        arguments = {"mount": guest.data_disk.mount, "packages": guest.packages.base}
+        sent = time.time()
+        found = connection.read(ROOM / "system/remote.py", arguments)
+        return {**found, "sent": sent, "received": time.time()}
+
+    def _nvidia(self, guest: Guest) -> dict[str, Any]:
+        connection = self._connection(guest)
+        module = importlib.util.find_spec("pynvml")
+        if module is None or module.origin is None:
+            raise ModuleNotFoundError("nvidia-ml-py is not installed here; hint: make setup")
+        arguments = {
+            "folder": connection.send(Path(module.origin)),
+            "packages": [*guest.packages.driver, *TOOLKIT],
+            "repositories": [guest.nvidia.repository, guest.nvidia.toolkit_repository],
+        }
+        return connection.read(ROOM / "nvidia/remote.py", arguments)
+
+    def _containers(self, guest: Guest) -> dict[str, Any]:
+        ollama = guest.services.ollama
+        arguments = {
+            "mount": guest.data_disk.mount,
+            "container": "ollama" if ollama else None,
+            "port": ollama.port if ollama else None,
+        }
+        return self._connection(guest).read(ROOM / "containers/remote.py", arguments)
+
+    def _ollama_load(self, guest: Guest) -> dict[str, Any]:
+        ollama = guest.services.ollama
+        if ollama is None or not ollama.models:
+            return {"load": None, "ps": None}
+        arguments = {"port": ollama.port, "model": ollama.models[0], "limit_s": LOAD_S}
+        return self._connection(guest).read(ROOM / "containers/remote.py", arguments, limit_s=LOAD_S + 20)
+
+    def _ollama_port(self, guest: Guest) -> dict[str, Any]:
+        """Can the control machine open the service's port on the guest's address?"""
+        port = guest.services.ollama.port if guest.services.ollama else 0
+        try:
+            with socket.create_connection((guest.ssh_hostname, port), timeout=PORT_S):
+                return {"open": True}
+        except OSError:
+            return {"open": False}
+
+
+def machine(lab: Lab, host: str) -> Node | Guest:
+    """The host of that name."""
+    return lab.nodes[host] if host in lab.nodes else lab.guests[host]

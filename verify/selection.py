@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Which hosts a run is about, and which of them a check is for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from inventory import Lab
+
+
+def limited(lab: Lab, limits: Collection[str]) -> list[str]:
+    """Names of the hosts that `--limit` words choose (names, groups, patterns as pyinfra takes them); all without.
+
+    Raises:
+        ValueError: a word matches no host.
+    """
+    groups = {"nodes": list(lab.nodes), "guests": list(lab.guests), "all": [*lab.nodes, *lab.guests]}
+    if not limits:
+        return groups["all"]
+    chosen: set[str] = set()
+    for word in (word for words in limits for word in words.split(",")):
+        found = groups.get(word) or [name for name in groups["all"] if fnmatchcase(name, word)]
+        if not found:
+            raise ValueError(f"--limit {word} matches no host; the inventory has {', '.join(groups['all'])}")
+        chosen.update(found)
+    return [name for name in groups["all"] if name in chosen]
+
+
+def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
+    """The hosts among `chosen` that checks of a kind are for.
+
+    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `ollama` those that run it.
+    """
+    guests = [guest for guest in lab.guests.values() if guest.name in chosen]
+    match kind:
+        case "nodes":
+            return [name for name in lab.nodes if name in chosen]
+        case "apis":
+            return [name for name in lab.nodes if name in chosen or any(guest.node == name for guest in guests)]
+        case "guests":
+            return [guest.name for guest in guests]
+        case "gpus":
+            return [guest.name for guest in guests if guest.gpu is not None]
+        case "ollama":
+            return [guest.name for guest in guests if guest.services.ollama is not None]
+    raise ValueError(f"no kind of host is called {kind!r}")

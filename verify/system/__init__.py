@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The guest itself: address, clock, data disk, base packages."""

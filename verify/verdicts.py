@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""What a check can come to, and what all of them together mean for the exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NoReturn
+
+import pytest
+
+
+class Severity(StrEnum):
+    """How much a failure means; the descriptions stand with pytest's markers."""
+
+    CRITICAL = "critical"
+    MAJOR = "major"
+    MINOR = "minor"
+
+
+class Verdict(StrEnum):
+    """`INCONCLUSIVE`: it ran and cannot tell. `NOT_RUN`: it could not run, and the message says why."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    NOT_RUN = "not run"
+
+
+class Undecided(pytest.skip.Exception):  # type: ignore[name-defined]  # documented, but made at run time
+    """Ends a check without pass or fail."""
+
+    def __init__(self, verdict: Verdict, reason: str) -> None:
+        super().__init__(reason)
+        self.verdict = verdict
+
+
+class Broken(AssertionError):
+    """A failure that knows better than its check's `fix` what would heal it."""
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+def inconclusive(reason: str) -> NoReturn:
+    """End the check: what was measured does not decide it."""
+    raise Undecided(Verdict.INCONCLUSIVE, reason)
+
+
+def not_run(reason: str) -> NoReturn:
+    """End the check: something else has to be there first."""
+    raise Undecided(Verdict.NOT_RUN, reason)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check on one host. `fix` is a command, empty unless the check failed."""
+
+    id: str
+    host: str
+    subject: str
+    severity: Severity
+    verdict: Verdict
+    message: str = ""
+    fix: str = ""
+    duration_s: float = 0.0
+    #: What stood in for the real thing, empty when nothing did.
+    simulated: str = ""
+    #: `not run`, and the inventory says that it would be.
+    expected: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Does it bear on the exit status?"""
+        return self.severity is not Severity.MINOR and not self.expected
+
+
+#: Exit statuses of a verify run; 3 and 4 are pytest's own (internal error, usage).
+PASSED, FAILED, INCOMPLETE = 0, 1, 2
+
+
+def exit_status(results: Collection[Result]) -> int:
+    """PASSED, FAILED (a critical or major check failed or is inconclusive) or INCOMPLETE (one did not run)."""
+    verdicts = {result.verdict for result in results if result.counts}
+    if verdicts & {Verdict.FAIL, Verdict.INCONCLUSIVE}:
+        return FAILED
+    if Verdict.NOT_RUN in verdicts or not results:
+        return INCOMPLETE
+    return PASSED
+
+
+def count(results: Iterable[Result], verdict: Verdict) -> int:
+    """How many results have that verdict."""
+    return sum(result.verdict is verdict for result in results)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Reads the Proxmox API with the lab's token; the certificate is checked against the cluster's own CA."""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any
+
+import requests
+from proxmoxer import ProxmoxAPI
+from proxmoxer.core import ResourceException
+
+from inventory import GpulabError, Guest, Node
+from inventory.secrets import Secrets, variable
+from verify.hosts import Unreadable
+
+#: Seconds for one answer.
+TIMEOUT_S = 10
+
+
+class Api:
+    """The API of one node. The first refusal that concerns all requests is remembered, and no more are sent."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._client: ProxmoxAPI | None = None
+        self._answer: dict[str, Any] | None = None
+        self._lock = threading.Lock()
+
+    def reach(self) -> dict[str, Any]:
+        """Does the API answer with the lab's token? `version`, or `error` with the reason and a short `state`."""
+        with self._lock:
+            if self._answer is None:
+                self._answer = self._reach()
+            return self._answer
+
+    def read_vm(self, guest: Guest) -> dict[str, Any]:
+        """The guest's VM as the API shows it now, what is pending, and the mapping of its GPU.
+
+        Raises:
+            Unreadable: the API does not answer, refuses the token or lacks a privilege.
+        """
+        found = self.reach()
+        if found["error"]:
+            raise Unreadable(found["state"])
+        where = ("nodes", self.node.name, "qemu", str(guest.vmid))
+        config = self._get(*where, "config", absent="does not exist", current=1)
+        if config is None:
+            return {"exists": False}
+        mapping = self._get("cluster", "mapping", "pci", guest.gpu, absent="") if guest.gpu else None
+        return {
+            "exists": True,
+            "config": config,
+            "status": self._get(*where, "status", "current")["status"],
+            "pending": [
+                item["key"] for item in self._get(*where, "pending") if "pending" in item or item.get("delete")
+            ],
+            "mapping": mapping["map"] if mapping else None,
+        }
+
+    def _reach(self) -> dict[str, Any]:
+        node = self.node
+        where = f"https://{node.api_host}:{node.api.port}"
+        try:
+            token = Secrets(node.state).get(node.cluster_name, "api_token")
+        except GpulabError as error:
+            return refused(error.brief, f"{node.name}: the token cannot be read")
+        found = re.fullmatch(r"(?P<user>[^!]+)!(?P<name>[^=]+)=(?P<value>.+)", token or "")
+        if found is None:
+            reason = "has the wrong form" if token else "is missing"
+            place = f"{node.state / 'secrets.json'} and {variable(node.cluster_name, 'api_token')}"
+            return refused(f"{node.name}: the API token {reason}; looked in {place}", "there is no API token")
+        if not node.ca_file.is_file():
+            return refused(
+                f"{node.name}: no CA certificate {node.ca_file} to check the API with", "there is no CA file"
+            )
+        self._client = ProxmoxAPI(
+            node.api_host,
+            port=node.api.port,
+            user=found["user"],
+            token_name=found["name"],
+            token_value=found["value"],
+            verify_ssl=str(node.ca_file),
+            timeout=TIMEOUT_S,
+        )
+        try:
+            version = self._client("version").get()
+        except ResourceException as error:
+            if error.status_code == 401:
+                reason = f"{node.name}: {where} refuses the token {found['user']}!{found['name']}: {error.content}"
+                return refused(reason.strip(), f"the API of {node.name} refuses the token")
+            reason = f"{node.name}: {where}: {error.status_code} {error.content}"
+            return refused(reason.strip(), f"the API of {node.name} does not answer")
+        except requests.exceptions.SSLError:
+            return refused(
+                f"{node.name}: the certificate of {where} does not check against {node.ca_file}",
+                f"the certificate of {node.name} is not the cluster's",
+            )
+        except requests.exceptions.RequestException as error:
+            kind = "no answer in time" if isinstance(error, requests.exceptions.Timeout) else "no connection"
+            return refused(f"{node.name}: {where}: {kind}", f"the API of {node.name} does not answer")
+        simulated = ["the API"] if "simulated" in str(version).lower() else []
+        return {"error": "", "state": "", "version": version["version"], "simulated": simulated}
+
+    def _get(self, *path: str, absent: str | None = None, **parameters: Any) -> Any:
+        """One GET. None when PVE says by 404, or by 500 with the words `absent`, that there is no such thing."""
+        if self._client is None:
+            raise Unreadable(f"the API of {self.node.name} was not reached")
+        try:
+            return self._client(list(path)).get(**parameters)
+        except ResourceException as error:
+            gone = error.status_code == 404 or (error.status_code == 500 and (absent or "") in str(error.content))
+            if absent is not None and gone:
+                return None
+            what = f"GET /{'/'.join(path)}: {error.status_code} {error.content}"
+            raise Unreadable(f"{self.node.name}: {what}".strip()) from None
+        except requests.exceptions.RequestException:
+            raise Unreadable(f"{self.node.name}: GET /{'/'.join(path)}: no answer") from None
+
+
+def refused(error: str, state: str) -> dict[str, Any]:
+    """An API that cannot be used: the whole reason, and a short one for the checks that depend on it."""
+    return {"error": error, "state": state, "version": None}
+
+
+def options(value: str) -> dict[str, str]:
+    """`a,b=1` of a VM's configuration as a mapping; a bare word stands under the empty key. on is 1, off is 0."""
+    words = {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"}
+    found = {}
+    for part in value.split(","):
+        key, separator, text = part.partition("=")
+        if not separator:
+            key, text = "", key
+        found[key] = words.get(text, text)
+    return found
+
+
+def size_gib(volume: str) -> float | None:
+    """The size that PVE states for a volume (`…,size=64G`), GiB; None when it states none."""
+    found = re.search(r"(?:^|,)size=([0-9]+)([KMGT])(?:,|$)", volume)
+    return int(found[1]) * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}[found[2]] if found else None
