@@ -20,6 +20,7 @@ from pathlib import Path
 from inventory import GpulabError
 from rehearsal import host, image, paths
 from rehearsal.host import Device, HostSpec
+from rehearsal.nvidia import guest as nvidia_guest
 from rehearsal.pve.errors import TaskError
 from rehearsal.pve.power import GuestStart, PciDevice
 from rehearsal.pve.state import Volume
@@ -64,7 +65,7 @@ class ContainerPower:
         # Undeclared since the last start, the card must not still be there.
         (system / "up" / GPU_FILE.lstrip("/")).unlink(missing_ok=True)
         if guest.gpus:
-            files[GPU_FILE] = (gpu_file(guest.node, guest.gpus), 0o644)
+            files |= {GPU_FILE: (gpu_file(guest.node, guest.gpus), 0o644), **nvidia_guest.files()}
         spec = HostSpec(
             name=name,
             address=guest.address.partition("/")[0],
@@ -201,7 +202,7 @@ def _disk_of(name: str) -> str:
 
 
 def gpu_file(node: str, devices: Sequence[PciDevice]) -> str:
-    """What the guest is told about its cards: `{"simulated": true, "devices": [{address, vendor, …, uuid}, …]}`.
+    """What the guest is told about its cards: `{"simulated": true, "devices": [{address, class, id, subsystem, uuid, …}, …]}`.
 
     Each host slot becomes a slot of its own in the guest, from 01:00 on; the UUID stays with the host's card.
     """
@@ -213,10 +214,8 @@ def gpu_file(node: str, devices: Sequence[PciDevice]) -> str:
             {
                 "address": f"0000:{slots.index(slot) + 1:02x}:00.{function}",
                 "class": device.pci_class,
-                "vendor": f"0x{device.vendor}",
-                "device": f"0x{device.device}",
-                "subsystem_vendor": f"0x{device.subsystem_vendor or '0000'}",
-                "subsystem_device": f"0x{device.subsystem_device or '0000'}",
+                "id": f"{device.vendor}:{device.device}",
+                "subsystem": f"{device.subsystem_vendor or '0000'}:{device.subsystem_device or '0000'}",
                 "name": device.name,
                 "uuid": f"GPU-{uuid.uuid5(_NAMESPACE, f'{node}/{slot}')}",
                 "host": f"{node}/{device.address}",

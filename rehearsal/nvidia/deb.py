@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Debian packages and the signed flat repository they lie in, written byte for byte the same from the same input."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from pathlib import Path, PurePosixPath
+
+from inventory import GpulabError
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link of a package."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file of a package."""
+
+    content: bytes
+    mode: int = 0o644
+
+
+def text(content: str, mode: int = 0o644) -> File:
+    return File(content.encode(), mode)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A binary package: its files by absolute path, its relations and its maintainer scripts by name."""
+
+    name: str
+    version: str
+    summary: str
+    files: Mapping[str, File | Link] = field(default_factory=dict)
+    #: Further control fields, `Depends` and so on, as they stand in the control file.
+    relations: Mapping[str, str] = field(default_factory=dict)
+    scripts: Mapping[str, str] = field(default_factory=dict)
+    conffiles: tuple[str, ...] = ()
+    source: str = ""
+    architecture: str = "amd64"
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name}_{self.version}_{self.architecture}.deb"
+
+
+def control(package: Package) -> str:
+    """The control file of a package."""
+    fields = {
+        "Package": package.name,
+        "Source": package.source,
+        "Version": package.version,
+        "Architecture": package.architecture,
+        "Maintainer": "gpulab rehearsal <gpulab@example.invalid>",
+        "Section": "non-free/libs",
+        "Priority": "optional",
+        **package.relations,
+        "Description": f"{package.summary} (simulated)",
+    }
+    return "".join(f"{key}: {value}\n" for key, value in fields.items() if value)
+
+
+def pack(package: Package) -> bytes:
+    """The .deb file: an `ar` archive of a version, the control files and the data."""
+    members: dict[str, File | Link] = {"control": text(control(package))}
+    if package.conffiles:
+        members["conffiles"] = text("".join(f"{path}\n" for path in package.conffiles))
+    for name, script in package.scripts.items():
+        members[name] = text(f"#!/bin/sh\nset -e\n{script}", 0o755)
+    parts = [
+        ("debian-binary", b"2.0\n"),
+        ("control.tar.gz", _tar_gz(members)),
+        ("data.tar.gz", _tar_gz({path.lstrip("/"): entry for path, entry in package.files.items()})),
+    ]
+    return b"!<arch>\n" + b"".join(_ar_member(name, data) for name, data in parts)
+
+
+def _ar_member(name: str, data: bytes) -> bytes:
+    header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode()
+    return header + data + b"\n" * (len(data) % 2)
+
+
+def _tar_gz(entries: Mapping[str, File | Link]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for folder in _folders(entries):
+            info = tarfile.TarInfo(f"./{folder}/" if folder else "./")
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(info)
+        for path, entry in sorted(entries.items()):
+            info = tarfile.TarInfo(f"./{path}")
+            if isinstance(entry, Link):
+                info.type, info.linkname, info.mode = tarfile.SYMTYPE, entry.target, 0o777
+                archive.addfile(info)
+            else:
+                info.size, info.mode = len(entry.content), entry.mode
+                archive.addfile(info, io.BytesIO(entry.content))
+    return gzip.compress(buffer.getvalue(), compresslevel=1, mtime=0)
+
+
+def _folders(paths: Iterable[str]) -> list[str]:
+    found = {"" if str(parent) == "." else str(parent) for path in paths for parent in PurePosixPath(path).parents}
+    return sorted(found)
+
+
+def packages_file(packages: Iterable[Package], folder: Path) -> str:
+    """Write the packages into `folder` and return the repository's `Packages` file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stanzas = []
+    for package in packages:
+        data = pack(package)
+        (folder / package.filename).write_bytes(data)
+        head, _, description = control(package).partition("Description:")
+        stanzas.append(
+            f"{head}Filename: ./{package.filename}\nSize: {len(data)}\n"
+            f"SHA256: {hashlib.sha256(data).hexdigest()}\nDescription:{description}"
+        )
+    return "\n".join(stanzas)
+
+
+def release_file(folder: Path, names: Iterable[str], fields: Mapping[str, str], seconds: int) -> str:
+    """The `Release` file for index files of `folder`; `seconds` since the epoch is its date."""
+    lines = [f"{key}: {value}" for key, value in fields.items()]
+    lines += [f"Date: {formatdate(seconds, usegmt=True).replace('GMT', 'UTC')}", "SHA256:"]
+    for name in names:
+        data = (folder / name).read_bytes()
+        lines.append(f" {hashlib.sha256(data).hexdigest()} {len(data)} {name}")
+    return "\n".join(lines) + "\n"
+
+
+def write_repository(
+    folder: Path, packages: Iterable[Package], fields: Mapping[str, str], key: SigningKey, seconds: int
+) -> None:
+    """A flat repository: the packages, `Packages`(.gz), `Release`, `Release.gpg` and `InRelease`."""
+    index = packages_file(packages, folder).encode()
+    (folder / "Packages").write_bytes(index)
+    (folder / "Packages.gz").write_bytes(gzip.compress(index, mtime=0))
+    (folder / "Release").write_text(release_file(folder, ("Packages", "Packages.gz"), fields, seconds))
+    key.sign(folder / "Release")
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """An OpenPGP key in a GnuPG home of its own."""
+
+    home: Path
+    user: str
+
+    def make(self) -> None:
+        """Make the key unless it is there: it outlives rebuilds, so that its digest can be pinned."""
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not any(self.home.glob("private-keys-v1.d/*.key")):
+            # Debian 13's apt checks signatures with sqv, which wants RSA of 2048 bits or more, and SHA-2.
+            self._gpg("--quick-gen-key", self.user, "rsa3072", "sign", "never")
+
+    def public(self, armoured: bool = False) -> bytes:
+        """The public key, as apt's `signed-by` takes it: binary, or ASCII armour."""
+        return self._gpg(*(["--armor"] if armoured else []), "--export", self.user)
+
+    def sign(self, release: Path) -> None:
+        """Write `InRelease` and `Release.gpg` beside a `Release` file."""
+        self._gpg("--clearsign", "--output", str(release.with_name("InRelease")), str(release))
+        self._gpg("--armor", "--detach-sign", "--output", str(release.with_name("Release.gpg")), str(release))
+
+    def close(self) -> None:
+        """End the gpg-agent that GnuPG left behind for this home."""
+        subprocess.run(["gpgconf", "--homedir", str(self.home), "--kill", "all"], check=True, capture_output=True)
+
+    def _gpg(self, *words: str) -> bytes:
+        argv = ["gpg", "--batch", "--yes", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback", *words]
+        done = subprocess.run(argv, env={**os.environ, "GNUPGHOME": str(self.home)}, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise GpulabError(f"`{' '.join(argv)}` ended with {done.returncode}", done.stderr.decode().strip())
+        return done.stdout

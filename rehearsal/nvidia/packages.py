@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MIT
+"""The packages of NVIDIA's two repositories that a compute-only deploy touches: real names, versions and relations.
+
+What they hold is simulated. The module's tools (modprobe, rmmod, lsmod, modinfo, dkms) are put in front of the real
+ones by diversion, and pass on whatever is not about NVIDIA's module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rehearsal.nvidia.deb import File, Link, Package, text
+
+SOURCE = Path(__file__).parent / "source"
+LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+HOME = "/usr/lib/nvidia-simulated"
+UNITS = "/usr/lib/systemd/system"
+
+#: Driver versions of the repository and the CUDA version that each reports (1000 * major + 10 * minor).
+DRIVERS = {"580.95.05": 13000, "580.105.08": 13000, "590.44.01": 13010}
+BRANCHES = ("580", "590")
+TOOLKITS = ("1.19.1-1", "1.20.0-1")
+
+#: Tools that are diverted, and where the real one is started from: kmod looks at the name it was called by.
+DIVERTED = {
+    "/usr/sbin/modprobe": "modprobe",
+    "/usr/sbin/rmmod": "rmmod",
+    "/usr/sbin/lsmod": "lsmod",
+    "/usr/sbin/modinfo": "modinfo",
+    "/usr/bin/lsmod": "lsmod",
+    "/usr/sbin/dkms": "dkms",
+}
+
+LOAD_UNIT = """\
+[Unit]
+Description=Load the simulated NVIDIA module, as udev does for a real card
+# No udev runs in the lab's guests.
+ConditionPathExists=/var/lib/lab-hardware/gpu.json
+DefaultDependencies=no
+After=local-fs.target systemd-tmpfiles-setup-dev.service lab-gpu.service
+Before=sysinit.target nvidia-persistenced.service nvidia-cdi-refresh.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/sbin/modprobe -a nvidia nvidia_uvm
+"""
+
+PERSISTENCED_UNIT = """\
+[Unit]
+Description=NVIDIA Persistence Daemon (simulated)
+Wants=syslog.target
+
+[Service]
+Type=forking
+ExecStart=/usr/bin/nvidia-persistenced --user nvpd
+ExecStopPost=/bin/rm -rf /var/run/nvidia-persistenced
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+REFRESH_UNIT = """\
+[Unit]
+Description=Refresh NVIDIA CDI specification file (simulated)
+ConditionPathExists=/usr/bin/nvidia-smi
+ConditionPathExists=/usr/bin/nvidia-ctk
+ConditionPathExists=/run/lab-gpu/driver
+
+[Service]
+Type=oneshot
+Environment=NVIDIA_CTK_CDI_OUTPUT_FILE_PATH=/var/run/cdi/nvidia.yaml
+EnvironmentFile=-/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env
+ExecStart=/usr/bin/nvidia-ctk cdi generate
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+REFRESH_PATH_UNIT = """\
+[Unit]
+Description=Trigger CDI refresh on NVIDIA driver install / uninstall events (simulated)
+
+[Path]
+PathChanged=/lib/modules/%v/modules.dep
+PathChanged=/lib/modules/%v/modules.dep.bin
+PathChanged=/usr/bin/nvidia-ctk
+# The stand-in's own sign that the driver was loaded.
+PathChanged=/run/lab-gpu/driver
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+NOUVEAU = "blacklist nouveau\noptions nouveau modeset=0\n"
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the compiler made for one driver version."""
+
+    version: str
+    nvml: bytes
+    cuda: bytes
+    smi: bytes
+    persistenced: bytes
+
+
+def wrapper(tool: str) -> File:
+    """A shell script in front of a module tool: NVIDIA's module goes to the simulation, the rest to the real tool.
+
+    /bin/sh starts in a millisecond; Python is started only for the module that is simulated.
+    """
+    simulated = f'exec /usr/bin/python3 -IS {HOME}/module.py {tool} "$@"'
+    if tool == "lsmod":
+        return text(f"#!/bin/sh\n# simulated: see {HOME}/module.py\n{simulated}\n", 0o755)
+    if tool == "dkms":
+        # The real dkms, where somebody installed it, knows all modules but ours.
+        script = (
+            f"real={HOME}/diverted/dkms\n[ -x $real ] || {simulated}\n"
+            f'for word in "$@"; do case $word in nvidia*) {simulated};; esac; done\n'
+            f'case $1 in status|autoinstall) {simulated.removeprefix("exec ")} || exit;; esac\nexec $real "$@"\n'
+        )
+    else:
+        script = (
+            f'for word in "$@"; do case $word in nvidia|nvidia[_-]*) {simulated};; esac; done\n'
+            f'exec {HOME}/real/{tool} "$@"\n'
+        )
+    return text(f"#!/bin/sh\n# simulated: see {HOME}/module.py\n{script}", 0o755)
+
+
+def _divert() -> str:
+    lines = [f"mkdir -p {HOME}/diverted\n"]
+    for path, tool in DIVERTED.items():
+        # Two paths of one tool need two places.
+        place = f"{HOME}/diverted/{tool}" + ("-bin" if path.startswith("/usr/bin") else "")
+        lines.append(f"dpkg-divert --quiet --package nvidia-kernel-open-dkms --add --rename --divert {place} {path}\n")
+    return "".join(lines)
+
+
+def _undivert() -> str:
+    lines = "".join(
+        f"    dpkg-divert --quiet --package nvidia-kernel-open-dkms --remove --rename {path}\n" for path in DIVERTED
+    )
+    return f'if [ "$1" = remove ] || [ "$1" = disappear ]; then\n{lines}fi\n'
+
+
+def _enable(*units: str) -> str:
+    # Booted or not (an image being built), `enable` only makes links.
+    return f'if [ "$1" = configure ]; then\n    systemctl enable --quiet {" ".join(units)}\nfi\n'
+
+
+def _disable(*units: str) -> str:
+    return f'if [ "$1" = remove ]; then\n    systemctl disable --quiet --now {" ".join(units)}\nfi\n'
+
+
+RELOAD = "if [ -d /run/systemd/system ]; then\n    systemctl daemon-reload\nfi\n"
+
+
+def driver_packages(driver: Driver) -> list[Package]:
+    """All packages of one driver version."""
+    version = driver.version
+    full = f"{version}-1"
+    module = (SOURCE / "module.py").read_text()
+    dkms = f"/usr/bin/python3 -IS {HOME}/module.py dkms"
+
+    def package(
+        name: str,
+        summary: str,
+        files: Mapping[str, File | Link],
+        depends: str = "",
+        scripts: Mapping[str, str] | None = None,
+        **relations: str,
+    ) -> Package:
+        return Package(
+            name,
+            full,
+            summary,
+            files,
+            {"Depends": depends, **relations},
+            scripts or {},
+            source="" if name == "nvidia-persistenced" else "nvidia-graphics-drivers",
+        )
+
+    def library(name: str, content: bytes) -> dict[str, File | Link]:
+        return {
+            f"{LIBRARIES}/{name}.so.{version}": File(content),
+            f"{LIBRARIES}/{name}.so.1": Link(f"{name}.so.{version}"),
+        }
+
+    tools: dict[str, File | Link] = {path: wrapper(tool) for path, tool in DIVERTED.items()}
+    tools |= {f"{HOME}/real/{tool}": Link("/usr/bin/kmod") for tool in set(DIVERTED.values()) - {"dkms"}}
+    return [
+        package("libnvidia-ml1", "NVIDIA Management Library", library("libnvidia-ml", driver.nvml), "libc6 (>= 2.34)"),
+        package(
+            "libcuda1",
+            "NVIDIA CUDA driver library",
+            {**library("libcuda", driver.cuda), f"{LIBRARIES}/libcuda.so": Link("libcuda.so.1")},
+            "libc6 (>= 2.34)",
+        ),
+        package(
+            "nvidia-driver-cuda",
+            "NVIDIA driver, CUDA part",
+            {"/usr/bin/nvidia-smi": File(driver.smi, 0o755)},
+            f"libcuda1 (= {full}), libnvidia-ml1 (= {full}), nvidia-persistenced (= {full}), "
+            f"nvidia-kernel-open-dkms (= {full}) | nvidia-kernel-dkms (= {full})",
+            Conflicts="nvidia-smi",
+            Replaces="nvidia-smi",
+        ),
+        package(
+            "nvidia-persistenced",
+            "daemon that keeps the driver loaded",
+            {
+                "/usr/bin/nvidia-persistenced": File(driver.persistenced, 0o755),
+                f"{UNITS}/nvidia-persistenced.service": text(PERSISTENCED_UNIT),
+                "/usr/lib/sysusers.d/nvidia-persistenced.conf": text(
+                    'u nvpd - "NVIDIA Persistence Daemon" /var/run/nvpd -\n'
+                ),
+            },
+            "libc6 (>= 2.34)",
+            {
+                "postinst": "systemd-sysusers nvidia-persistenced.conf\n"
+                + _enable("nvidia-persistenced.service")
+                + RELOAD,
+                "prerm": _disable("nvidia-persistenced.service"),
+                "postrm": RELOAD,
+            },
+        ),
+        package(
+            "nvidia-kernel-support",
+            "settings of the NVIDIA kernel module",
+            {"/usr/lib/modprobe.d/nvidia-blacklists-nouveau.conf": text(NOUVEAU)},
+            "nvidia-modprobe",
+        ),
+        package("nvidia-modprobe", "loader of the kernel module", {f"{HOME}/nvidia-modprobe": text("simulated\n")}),
+        package(
+            "firmware-nvidia-gsp",
+            "GSP firmware",
+            {f"/usr/lib/firmware/nvidia/{version}/gsp_ga10x.bin": text("simulated\n")},
+        ),
+        package(
+            "nvidia-kernel-open-dkms",
+            "NVIDIA open kernel module, source for DKMS",
+            {
+                **tools,
+                f"{HOME}/module.py": text(module),
+                f"{UNITS}/nvidia-simulated-load.service": text(LOAD_UNIT),
+                f"{UNITS}/sysinit.target.wants/nvidia-simulated-load.service": Link("../nvidia-simulated-load.service"),
+                f"/usr/src/nvidia-{version}/dkms.conf": text(
+                    f'PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="{version}"\nAUTOINSTALL="yes"\n# simulated\n'
+                ),
+            },
+            f"nvidia-kernel-support (= {full}), firmware-nvidia-gsp (= {full}), python3:any, kmod",
+            {
+                "preinst": _divert(),
+                "postinst": f'if [ "$1" = configure ]; then\n    {dkms} build {version}\nfi\n' + RELOAD,
+                "prerm": f"{dkms} remove {version}\n",
+                "postrm": _undivert() + RELOAD,
+            },
+            Provides=f"nvidia-kernel-dkms (= {full})",
+        ),
+    ]
+
+
+def pinning_packages(name: str, version: str, pattern: str) -> Package:
+    """`nvidia-driver-pinning-NAME`: holds the driver at versions of `pattern`."""
+    pin = (
+        "Package: src:*nvidia*:any src:cuda-drivers:any src:cuda-compat:any\n"
+        f"Pin: version {pattern}\nPin-Priority: 1000\n"
+    )
+    path = "/etc/apt/preferences.d/nvidia-driver-pinning"
+    return Package(
+        f"nvidia-driver-pinning-{name}",
+        version,
+        f"apt pin of NVIDIA driver {name}",
+        {path: text(pin)},
+        {
+            "Provides": "nvidia-driver-pinning",
+            "Conflicts": "nvidia-driver-pinning",
+            "Replaces": "nvidia-driver-pinning",
+        },
+        source="nvidia-driver-pinning",
+        architecture="all",
+    )
+
+
+def keyring_package(url: str, key: bytes) -> Package:
+    """`cuda-keyring`: the key and the source line of the repository at `url`."""
+    keyring = "/usr/share/keyrings/cuda-archive-keyring.gpg"
+    return Package(
+        "cuda-keyring",
+        "1.1-1",
+        "key and source of the CUDA repository",
+        {
+            keyring: File(key),
+            "/etc/apt/sources.list.d/cuda-debian13-x86_64.list": text(f"deb [signed-by={keyring}] {url}/ /\n"),
+        },
+        conffiles=("/etc/apt/sources.list.d/cuda-debian13-x86_64.list",),
+        architecture="all",
+    )
+
+
+def toolkit_packages(version: str) -> list[Package]:
+    """The container toolkit's four packages of one version."""
+    ctk = (SOURCE / "ctk.py").read_text().replace("@VERSION@", version.partition("-")[0])
+    program = text(f"#!/usr/bin/python3 -IS\n{ctk}", 0o755)
+
+    def package(
+        name: str,
+        summary: str,
+        files: Mapping[str, File | Link],
+        depends: str = "",
+        scripts: Mapping[str, str] | None = None,
+    ) -> Package:
+        source = "libnvidia-container" if name.startswith("lib") else "nvidia-container-toolkit"
+        return Package(name, version, summary, files, {"Depends": depends}, scripts or {}, source=source)
+
+    def printing(what: str) -> File:
+        return text(f"#!/bin/sh\necho '{what} {version} (simulated)'\n", 0o755)
+
+    return [
+        package(
+            "nvidia-container-toolkit-base",
+            "NVIDIA Container Toolkit, base",
+            {
+                "/usr/bin/nvidia-ctk": program,
+                "/usr/bin/nvidia-container-runtime": text(
+                    '#!/bin/sh\n# simulated: GPUs come into containers by CDI\nexec runc "$@"\n', 0o755
+                ),
+                f"{UNITS}/nvidia-cdi-refresh.service": text(REFRESH_UNIT),
+                f"{UNITS}/nvidia-cdi-refresh.path": text(REFRESH_PATH_UNIT),
+            },
+            "python3:any",
+            {
+                "postinst": _enable("nvidia-cdi-refresh.service", "nvidia-cdi-refresh.path")
+                + RELOAD
+                + "if [ -d /run/systemd/system ]; then\n    systemctl start nvidia-cdi-refresh.path\n"
+                "    systemctl start --no-block nvidia-cdi-refresh.service\nfi\n",
+                "prerm": _disable("nvidia-cdi-refresh.path", "nvidia-cdi-refresh.service"),
+                "postrm": RELOAD,
+            },
+        ),
+        package(
+            "libnvidia-container1", "container runtime library", {f"{HOME}/libnvidia-container1": text("simulated\n")}
+        ),
+        package(
+            "libnvidia-container-tools",
+            "NVIDIA container runtime tools",
+            {"/usr/bin/nvidia-container-cli": printing("nvidia-container-cli")},
+            f"libnvidia-container1 (>= {version})",
+        ),
+        package(
+            "nvidia-container-toolkit",
+            "NVIDIA Container Toolkit",
+            {"/usr/bin/nvidia-container-runtime-hook": printing("nvidia-container-runtime-hook")},
+            f"nvidia-container-toolkit-base (= {version}), libnvidia-container-tools (>= {version}), "
+            "libnvidia-container-tools (<< 2.0.0)",
+        ),
+    ]

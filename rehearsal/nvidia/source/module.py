@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: MIT
+"""The simulated NVIDIA kernel module: what modprobe, rmmod, lsmod, modinfo and dkms say and do about it.
+
+It runs in the guest, installed as /usr/lib/nvidia-simulated/module.py; the wrappers in front of it pass on every
+other module to the real tools. "Loading" lays out what the real driver would show: /dev/nvidia*,
+/proc/driver/nvidia, /sys/module/nvidia, a line of /proc/modules, and the card's state in /run/lab-gpu.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HARDWARE = Path("/var/lib/lab-hardware")
+STATE = Path("/run/lab-gpu")
+LOADED = STATE / "modules"
+KERNEL = os.uname().release
+BUILT = Path(f"/lib/modules/{KERNEL}/updates/dkms")
+SOURCES = Path("/usr/src")
+TREE = Path("/var/lib/dkms/nvidia")
+
+#: What each module needs loaded before it.
+NEEDS = {
+    "nvidia": [],
+    "nvidia_uvm": ["nvidia"],
+    "nvidia_modeset": ["nvidia"],
+    "nvidia_drm": ["nvidia_modeset", "nvidia"],
+}
+SIZES = {"nvidia": 14381056, "nvidia_uvm": 2166784, "nvidia_modeset": 1859584, "nvidia_drm": 139264}
+#: Name, major, minor. nvidia-uvm's major is given out by the kernel at load time; any free one will do.
+UVM_MAJOR = 511
+NODES = [("nvidiactl", 195, 255)]
+UVM_NODES = [("nvidia-uvm", UVM_MAJOR, 0), ("nvidia-uvm-tools", UVM_MAJOR, 1)]
+MODESET_NODES = [("nvidia-modeset", 195, 254)]
+
+
+class Refused(Exception):
+    """The real tool's message, and its exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def devices() -> list[dict[str, str]]:
+    """The NVIDIA display functions that this guest was given."""
+    try:
+        given = json.loads((HARDWARE / "gpu.json").read_text())["devices"]
+    except FileNotFoundError:
+        return []
+    # A card's audio function has an id of its own, and the display driver takes no notice of it.
+    return [device for device in given if device["id"].startswith("10de:") and device["class"].startswith("0x03")]
+
+
+def fault(key: str) -> str | None:
+    """A value of the fault file (`key=value` lines), or None."""
+    try:
+        lines = (HARDWARE / "nvml.conf").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    return next((line.partition("=")[2].strip() for line in lines if line.partition("=")[0].strip() == key), None)
+
+
+def built_version() -> str | None:
+    """The version of the module on disk for the running kernel."""
+    try:
+        return (BUILT / "nvidia.ko").read_text().split()[-1]
+    except FileNotFoundError:
+        return None
+
+
+def loaded() -> list[str]:
+    """The simulated modules that are loaded, the last one first."""
+    try:
+        return LOADED.read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def users(name: str) -> list[str]:
+    """The loaded modules that need this one."""
+    return [other for other in loaded() if name in NEEDS[other]]
+
+
+def in_use() -> bool:
+    """Does a process hold the card (NVML, CUDA, the persistence daemon)?"""
+    # struct flock: type, whence, start, length, pid. F_GETLK answers with a lock in the way; length 0 is to the end.
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with open(STATE / "clients", "rb") as clients:
+        answer = fcntl.fcntl(clients, fcntl.F_GETLK, query)
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+
+
+def load(name: str) -> None:
+    version = built_version()
+    if version is None:
+        raise Refused(f"modprobe: FATAL: Module {name.replace('_', '-')} not found in directory /lib/modules/{KERNEL}")
+    if name in loaded():
+        return
+    if not devices():
+        raise Refused(f"modprobe: ERROR: could not insert '{name}': No such device")
+    if reason := fault("modprobe_error"):
+        raise Refused(f"modprobe: ERROR: could not insert '{name}': {reason}")
+    for needed in reversed(NEEDS[name]):
+        load(needed)
+    if name == "nvidia":
+        show_driver(version)
+    make_nodes({"nvidia_uvm": UVM_NODES, "nvidia_modeset": MODESET_NODES}.get(name, []))
+    LOADED.write_text("\n".join([name, *loaded()]) + "\n")
+    show_modules()
+
+
+def unload(name: str) -> None:
+    if name not in loaded():
+        raise Refused(f"rmmod: ERROR: Module {name} is not currently loaded")
+    if holders := users(name):
+        raise Refused(f"rmmod: ERROR: Module {name} is in use by: {' '.join(holders)}")
+    if in_use():
+        raise Refused(f"rmmod: ERROR: Module {name} is in use")
+    LOADED.write_text("".join(f"{other}\n" for other in loaded() if other != name))
+    if name == "nvidia":
+        hide_driver()
+    show_modules()
+
+
+def uuid_of(device: dict[str, str]) -> str:
+    """The card's UUID: as declared, else made from its address, so that it stays the same over reboots."""
+    return device.get("uuid") or f"GPU-51a7ed00-0000-4000-8000-{int(device['address'].translate(DIGITS), 16):012x}"
+
+
+DIGITS = str.maketrans("", "", ":.")
+
+
+def show_driver(version: str) -> None:
+    """Lay out what the loaded driver shows. The file `driver` comes last: with it the card answers."""
+    STATE.mkdir(exist_ok=True)
+    (STATE / "settings").write_bytes(bytes(4096))
+    (STATE / "clients").touch()
+    cards = devices()
+    make_nodes([*NODES, *((f"nvidia{number}", 195, number) for number in range(len(cards)))])
+    mount_tmpfs(Path("/proc/driver"))
+    write(Path("/proc/driver/nvidia/version"), version_text(version))
+    for card in cards:
+        information = f"Model: \t\t NVIDIA RTX A4000 (simulated)\nGPU UUID: \t {uuid_of(card)}\n"
+        write(Path(f"/proc/driver/nvidia/gpus/{card['address']}/information"), information)
+        bind_driver(card["address"], "nvidia")
+    lines = [f"device={card['address']} {ids(card)} {uuid_of(card)}" for card in cards]
+    (STATE / "driver").write_text("\n".join([f"version={version}", *lines]) + "\n")
+
+
+def hide_driver() -> None:
+    for name in ("driver", "settings", "clients"):
+        (STATE / name).unlink()
+    for card in devices():
+        bind_driver(card["address"], None)
+    run("umount", "/proc/driver")
+
+
+def ids(card: dict[str, str]) -> str:
+    """`vendor:device subsystem` as gpu.c reads them, the subsystem's device before its vendor."""
+    vendor, device = card["subsystem"].split(":")
+    return f"{card['id']} {device}{vendor}"
+
+
+def version_text(version: str) -> str:
+    return (
+        f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  Release Build  (simulated)\n"
+        "GCC version:  none: this driver is simulated\n"
+    )
+
+
+def bind_driver(address: str, driver: str | None) -> None:
+    """The `driver` link that lspci -k follows, where lab-gpu.service laid out the device."""
+    device = Path("/run/lab-hardware/pci") / address
+    link = device / "driver"
+    link.unlink(missing_ok=True)
+    if driver and device.is_dir():
+        # lspci resolves the link, and only as a relative one: its target must exist, beside it.
+        (device / "drivers" / driver).mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"drivers/{driver}")
+
+
+def make_nodes(nodes: Sequence[tuple[str, int, int]]) -> None:
+    """Device nodes, open to all as the real ones; they outlive the module, as the real ones do."""
+    for name, major, minor in nodes:
+        path = Path("/dev") / name
+        if path.exists():
+            continue
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(major, minor))
+        path.chmod(0o666)
+
+
+def show_modules() -> None:
+    """/sys/module/* of the loaded modules, and /proc/modules where this kernel has that file."""
+    folder = Path("/sys/module")
+    if not folder.exists():
+        # /sys of a container is a read-only tmpfs without this folder.
+        run("mount", "-o", "remount,rw", "/sys")
+        folder.mkdir()
+        run("mount", "-o", "remount,ro", "/sys")
+    if not is_mounted(folder):
+        run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "simulated", str(folder))
+    for name in NEEDS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    version = built_version() if not (STATE / "driver").exists() else loaded_version()
+    for name in loaded():
+        files = {"refcnt": str(len(users(name))), "initstate": "live", "coresize": str(SIZES[name]), "version": version}
+        for file, text in files.items():
+            write(folder / name / file, f"{text}\n")
+        (folder / name / "holders").mkdir()
+        for holder in users(name):
+            (folder / name / "holders" / holder).symlink_to(f"../../{holder}")
+    if Path("/proc/modules").exists():
+        run("umount", "/proc/modules") if is_mounted(Path("/proc/modules")) else None
+        others = Path("/proc/modules").read_text()
+        (STATE / "proc-modules").write_text(module_lines() + others)
+        run("mount", "--bind", str(STATE / "proc-modules"), "/proc/modules")
+
+
+def loaded_version() -> str:
+    return (STATE / "driver").read_text().split()[0].partition("=")[2]
+
+
+def module_lines() -> str:
+    """The loaded modules as /proc/modules has them."""
+    lines = ""
+    for name in loaded():
+        by = users(name)
+        lines += f"{name} {SIZES[name]} {len(by)} {','.join(by) + ',' if by else '-'} Live 0x0000000000000000 (OE)\n"
+    return lines
+
+
+def mount_tmpfs(folder: Path) -> None:
+    if not is_mounted(folder):
+        run("mount", "-t", "tmpfs", "-o", "mode=755,size=1m", "simulated", str(folder))
+
+
+def is_mounted(path: Path) -> bool:
+    with open("/proc/self/mounts") as mounts:
+        return any(line.split()[1] == str(path) for line in mounts)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def run(*argv: str) -> None:
+    subprocess.run(argv, check=True)
+
+
+# The commands
+
+
+def module_name(word: str) -> str:
+    return word.removesuffix(".ko").replace("-", "_")
+
+
+def modprobe(words: list[str]) -> None:
+    names = [module_name(word) for word in words if not word.startswith("-") and "=" not in word]
+    flags = [word for word in words if word.startswith("-")]
+    removing = any(flag in ("-r", "--remove") for flag in flags)
+    if any(flag in ("-n", "--dry-run", "--show") for flag in flags):
+        return
+    # Without -a the words after the first are the module's parameters.
+    many = removing or any(flag in ("-a", "--all") for flag in flags)
+    for name in names if many else names[:1]:
+        if name not in NEEDS:
+            run(f"{DIVERTED}/modprobe", *flags, name)
+        elif not removing:
+            load(name)
+        elif name in loaded():
+            unload(name)
+
+
+def rmmod(words: list[str]) -> None:
+    refusals = []
+    for name in [module_name(word) for word in words if not word.startswith("-")]:
+        try:
+            if name in NEEDS:
+                unload(name)
+            else:
+                run(f"{DIVERTED}/rmmod", name)
+        except Refused as refused:
+            # The real tool goes on to the next module as well.
+            refusals.append(str(refused))
+    if refusals:
+        raise Refused("\n".join(refusals))
+
+
+def lsmod(words: list[str]) -> None:
+    """As kmod prints it; on a kernel without loadable modules there is no /proc/modules to read."""
+    try:
+        lines = Path("/proc/modules").read_text().splitlines()
+    except FileNotFoundError:
+        lines = module_lines().splitlines()
+    print("Module                  Size  Used by")
+    for name, size, count, by, *_ in (line.split() for line in lines):
+        print(f"{name:<19} {int(size):8d}  {count} {by.strip(',').replace('-', '')}".rstrip())
+
+
+def modinfo(words: list[str]) -> None:
+    field = ""
+    names = []
+    rest = iter(words)
+    for word in rest:
+        if word in ("-F", "--field"):
+            field = next(rest)
+        elif word.startswith(("-F", "--field=")):
+            field = word.removeprefix("--field=").removeprefix("-F")
+        elif not word.startswith("-") and word != KERNEL:
+            names.append(module_name(word))
+    version = built_version()
+    for name in names:
+        if version is None:
+            raise Refused(f"modinfo: ERROR: Module {name} not found.")
+        fields = {
+            "filename": str(BUILT / f"{name.replace('_', '-')}.ko"),
+            "license": "Dual MIT/GPL",
+            "version": version,
+            "description": "simulated",
+            "vermagic": f"{KERNEL} SMP preempt mod_unload modversions",
+        }
+        if field:
+            print(fields.get(field, ""), end="\n" if field in fields else "")
+        else:
+            print("".join(f"{key + ':':<16}{value}\n" for key, value in fields.items()), end="")
+
+
+def dkms(words: list[str]) -> None:
+    """`status`, and what the packages call: `build VERSION` and `remove VERSION`."""
+    match words:
+        case ["build", version]:
+            dkms_build(version)
+        case ["remove", version]:
+            shutil.rmtree(TREE / version, ignore_errors=True)
+            if built_version() == version:
+                for name in NEEDS:
+                    (BUILT / f"{name.replace('_', '-')}.ko").unlink()
+                touch_modules_dep()
+        case ["status", *rest]:
+            wanted = [word for word in rest if not word.startswith("-")]
+            if wanted and not wanted[0].startswith("nvidia"):
+                return
+            for tree in sorted(TREE.glob("*")):
+                state = (tree / "state").read_text().strip()
+                where = "" if state == "added" else f", {KERNEL}, x86_64"
+                print(f"nvidia/{tree.name}{where}: {state}")
+        case ["autoinstall", *_]:
+            for source in sorted(SOURCES.glob("nvidia-[0-9]*")):
+                dkms_build(source.name.removeprefix("nvidia-"))
+        case _:
+            raise Refused(f"Error! The simulated dkms does not know `{' '.join(words)}`.")
+
+
+def dkms_build(version: str) -> None:
+    """ "Compile" for the running kernel. The fault `dkms=fail` leaves it added, as a real build failure does."""
+    tree = TREE / version
+    log = tree / "build/make.log"
+    write(log, f"DKMS make.log for nvidia-{version} (simulated) for kernel {KERNEL}\n")
+    write(tree / "state", "added\n")
+    if fault("dkms") == "fail":
+        write(log, log.read_text() + "error: implicit declaration of function 'simulated_failure'\n")
+        raise Refused(
+            f"Error! Bad return status for module build on kernel: {KERNEL} (x86_64)\n"
+            f"Consult {log} for more information.",
+            10,
+        )
+    for name in NEEDS:
+        write(BUILT / f"{name.replace('_', '-')}.ko", f"simulated kernel module {name} {version}\n")
+    write(tree / "state", "installed\n")
+    touch_modules_dep()
+
+
+def touch_modules_dep() -> None:
+    """What depmod would write; nvidia-cdi-refresh.path watches it."""
+    names = sorted(path.name for path in BUILT.glob("*.ko"))
+    dep = BUILT.parent.parent / "modules.dep"
+    kept = [line for line in dep.read_text().splitlines() if "updates/dkms/nvidia" not in line] if dep.exists() else []
+    write(dep, "".join(f"{line}\n" for line in [*kept, *(f"updates/dkms/{name}:" for name in names)]))
+
+
+DIVERTED = "/usr/lib/nvidia-simulated/real"
+COMMANDS = {"modprobe": modprobe, "rmmod": rmmod, "lsmod": lsmod, "modinfo": modinfo, "dkms": dkms}
+
+
+def main() -> int:
+    try:
+        COMMANDS[sys.argv[1]](sys.argv[2:])
+    except Refused as refused:
+        if not {"-q", "--quiet"} & set(sys.argv):
+            print(refused, file=sys.stderr)
+        return refused.status
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
