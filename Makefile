@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LAB ?= inventory/lab.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+.PHONY: help setup test test-lab lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ lint: setup ## ruff, mypy, import arrows
 
 test: lint ## lint, types and all fast tests
 	pytest -q
+
+test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
+	pytest -q -m lab tests/lab
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
 	@python -m rehearsal rehearse $(if $(KEEP),--keep)

@@ -18,7 +18,7 @@ except FileNotFoundError:
     raise InventoryError("The rehearsal lab is not up.", f"Expected {_state / 'lab.json'}.", "make lab-up") from None
 
 _everywhere = {
-    "state_dir": str(_state),
+    "state_dir": str(_state / "state"),
     "ssh_key": str(_state / "ssh/id_ed25519"),
     "simulated": "rehearsal lab: PCI tree, IOMMU, NVIDIA driver and GPU, VM hardware and Ollama are stand-ins",
 }

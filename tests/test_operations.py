@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Operation cases: facts in, commands out; one YAML file a case, folders `operations/<package>.<module>.<operation>`.
 
-pyinfra-testing runs them; its format is documented in pyinfra's own tests. Three things are added here, so that a
+pyinfra-testing runs them; its format is documented in pyinfra's own tests. Four things are added here, so that a
 case shows only what it is about:
 
 - `like: NAME` in a fact's value takes the rest of it from `hosts/NAME.yaml`;
 - a file's content may be given as `text:`, `operations.files` has it in base64;
+- a shell script with a name after it is shown as `{sh: the name, arguments: […]}`;
 - a Python program sent to a host is shown as `{write: {path: [mode, text]}}` when it writes files, otherwise as
   `{python: its first line, argument: …, stdin: …}`.
 """
@@ -57,9 +58,12 @@ def readable(commands: list[Any]) -> list[Any]:
 
 def _program(command: Any) -> dict[str, Any] | None:
     bits = command.bits if isinstance(command, StringCommand) else ()
-    if bits[:2] != ("python3", "-c"):
+    words = [bit.obj if isinstance(bit, QuoteString) else bit for bit in bits]
+    if words[:2] == ["sh", "-c"] and len(words) > 3:
+        return {"sh": words[3], "arguments": words[4:]}
+    if words[:2] != ["python3", "-c"]:
         return None
-    script, argument = (bit.obj if isinstance(bit, QuoteString) else bit for bit in bits[2:])
+    script, argument = words[2:]
     stdin = json.loads(command.connector_arguments.get("_stdin", "null"))
     if script == _WRITE.strip():
         return {"write": {path: _written(file) for path, file in stdin.items()}}

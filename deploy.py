@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""The whole lab in reading order: preflight, hypervisor, VM, system, NVIDIA, containers.
+
+    pyinfra inventory/lab.py deploy.py --dry     what would change
+    pyinfra inventory/lab.py deploy.py           make it so
+
+Every host crosses this file. The one step that all of them share keeps the guests behind their nodes.
+"""
+
+from inventory.packages import TOOLKIT
+from operations import containers, hypervisor, nvidia, run, system
+from operations.files import File, files, render
+from operations.proxmox import config, mapping, vm
+
+with run.of_host() as part:
+    node, guest = part.node, part.guest
+
+    if node:
+        wanted = hypervisor.wanted(node)
+        hypervisor.preflight(name="Check the node's cards and boot loader", wanted=wanted)
+    if guest:
+        vm.preflight(name="Check the token's rights and the node's resources")
+
+    if node:
+        hypervisor.boot_configuration(name="Write modules, vfio ids and kernel command line", wanted=wanted)
+        hypervisor.refresh_boot(name="Refresh initramfs and boot loader", wanted=wanted)
+        hypervisor.reboot(
+            name="Reboot the node where its boot configuration needs it",
+            wanted=wanted,
+            allowed=node.allow_reboot,
+            timeout_s=node.reboot_timeout_s,
+        )
+        hypervisor.ready(name="Check that vfio-pci holds the cards", wanted=wanted)
+        mapping.mappings(
+            name="Name the cards in the cluster's resource mappings",
+            devices={device.name: device.address for device in node.passthrough.devices},
+        )
+        files(
+            name="Write cloud-init's vendor data",
+            wanted={f"{node.snippets_dir}/{config.VENDOR_SNIPPET}": File(render("proxmox/vendor.yaml.j2"))},
+            of="cloud-init's vendor data",
+        )
+
+    run.nodes_ready(name="Let the guests follow their nodes")
+
+    if guest:
+        vm.image(name="Download the cloud image")
+        vm.create_or_update(name="Create or change the VM")
+        vm.started(name="Start the VM and wait for cloud-init")
+
+        system.data_disk(
+            name="Mount the data disk", by_id=f"/dev/disk/by-id/{config.DATA_DISK_ID}", mount=guest.data_disk.mount
+        )
+        system.base(
+            name="Install base packages and keep the clock",
+            distribution=guest.distribution,
+            packages=guest.packages.base,
+        )
+
+    if guest and guest.gpu:
+        driver, packages = guest.nvidia, guest.packages
+        nvidia.repository(
+            name="Add NVIDIA's repositories, keys and pins",
+            distribution_path=packages.nvidia_repository,
+            url=driver.repository,
+            toolkit_url=driver.toolkit_repository,
+            branch=driver.branch,
+            version=driver.version,
+            toolkit=TOOLKIT,
+            toolkit_version=driver.toolkit_version,
+            key_sha256=driver.key_sha256,
+            toolkit_key_sha256=driver.toolkit_key_sha256,
+        )
+        nvidia.driver(
+            name="Install the driver",
+            packages=packages.driver,
+            headers=packages.headers,
+            branch=driver.branch,
+            version=driver.version,
+        )
+        nvidia.loaded(
+            name="Load the installed driver",
+            packages=packages.driver,
+            branch=driver.branch,
+            version=driver.version,
+            allow_reboot=guest.allow_reboot,
+            reboot_timeout_s=guest.boot_timeout_s,
+        )
+        nvidia.persistence(name="Keep the driver initialised", enabled=driver.persistence)
+
+    if guest:
+        containers.engine(
+            name="Install the container engine",
+            packages=guest.packages.engine,
+            registry_ca=guest.registry_certificates(),
+        )
+    if guest and guest.gpu:
+        nvidia.toolkit(
+            name="Install the container toolkit and describe the GPU to it",
+            packages=TOOLKIT,
+            version=guest.nvidia.toolkit_version,
+        )
+        if ollama := guest.services.ollama:
+            containers.ollama(
+                name="Run Ollama",
+                image=ollama.image,
+                port=ollama.port,
+                memory_budget_mib=ollama.memory_budget_mib,
+                card_memory_mib=part.lab.node_of(guest).device(guest.gpu).card.memory_mib,
+                data=guest.data_disk.mount,
+                models=ollama.models,
+                environment=ollama.environment,
+            )

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""What a guest says of its container engine and of the containers of ours in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pyinfra.api import StringCommand
+
+from operations.facts import JsonFact
+from operations.remote import program
+
+
+class EngineFacts(JsonFact):
+    """The engine, its files, images, our containers and what their services answer: see `remote/engine.py`."""
+
+    script = program(__file__, "engine")
+
+    def command(
+        self,
+        package_names: Sequence[str] = (),
+        unit_names: Sequence[str] = (),
+        files: Sequence[str] = (),
+        probes: Mapping[str, str] | None = None,
+        inside: bool = False,
+    ) -> StringCommand:
+        return super().command(
+            package_names=list(package_names),
+            unit_names=list(unit_names),
+            files=list(files),
+            probes=dict(probes or {}),
+            inside=inside,
+        )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""Runs on the guest: the container engine as it is, our containers in it, and whether their services answer."""
+
+import glob
+import http.client
+import json
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+from operations.remote.common import answer, packages, run, text, units
+
+SOCKET = "/run/docker.sock"
+LABEL = "org.gpulab.service"
+
+
+class Engine(http.client.HTTPConnection):
+    """HTTP to Docker over its socket."""
+
+    def __init__(self) -> None:
+        super().__init__("localhost", timeout=30)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(30)
+        self.sock.connect(SOCKET)
+
+
+def read(
+    package_names: list[str], unit_names: list[str], files: list[str], probes: dict[str, str], inside: bool
+) -> dict[str, Any]:
+    """The engine's state.
+
+    `probes`: name to URL on this guest; what each answers is in `answers`. `inside`: also what nvidia-smi says in
+    each container of ours that was given a device.
+    """
+    found: dict[str, Any] = {
+        "packages": packages(package_names),
+        "units": units(unit_names),
+        "files": {path: text(path) for path in files},
+        "registry_ca": {
+            path.split("/")[-2]: text(path) or "" for path in sorted(glob.glob("/etc/docker/certs.d/*/ca.crt"))
+        },
+        "info": None,
+        "error": "",
+        "images": [],
+        "containers": {},
+        "answers": {},
+    }
+    try:
+        info = ask("/info")
+        found["info"] = {
+            "version": info["ServerVersion"],
+            "storage": info["Driver"],
+            "cdi": info.get("CDISpecDirs") or [],
+            "live_restore": info["LiveRestoreEnabled"],
+            "log_driver": info["LoggingDriver"],
+        }
+        found["images"] = sorted(digest for image in ask("/images/json") for digest in image["RepoDigests"] or [])
+        query = urllib.parse.urlencode({"all": "1", "filters": json.dumps({"label": [LABEL]})})
+        for item in ask(f"/containers/json?{query}"):
+            container = describe(ask(f"/containers/{item['Id']}/json"), inside)
+            found["containers"][container["name"]] = container
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # Nothing that was read before it is kept: half a list of containers would be worse than none.
+        found |= {"info": None, "images": [], "containers": {}, "error": f"{SOCKET}: {error}"}
+    found["answers"] = {name: probe(url) for name, url in probes.items()}
+    return found
+
+
+def ask(path: str) -> Any:
+    """One GET to the engine's API."""
+    connection = Engine()
+    connection.request("GET", path)
+    response = connection.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise ValueError(f"{path}: HTTP {response.status}: {content[:200].decode(errors='replace')}")
+    return json.loads(content)
+
+
+def describe(item: dict[str, Any], inside: bool) -> dict[str, Any]:
+    """A container, and for one that runs with devices what nvidia-smi says inside."""
+    state, labels = item["State"], item["Config"]["Labels"] or {}
+    name = item["Name"].lstrip("/")
+    # A container can keep running with its GPU gone, and its service then falls back to the CPU.
+    asked = inside and state["Running"] and item["HostConfig"].get("DeviceRequests")
+    gpu = run("docker", "exec", name, "nvidia-smi", "-L", timeout=30) if asked else None
+    return {
+        "name": name,
+        "service": labels.get(LABEL, ""),
+        "spec": labels.get("org.gpulab.spec", ""),
+        "declaration": labels.get("org.gpulab.declaration", "{}"),
+        "image": item["Config"]["Image"],
+        "status": state["Status"],
+        "health": (state.get("Health") or {}).get("Status", ""),
+        "exit_code": state["ExitCode"],
+        "error": state["Error"],
+        "gpu": None if gpu is None else {"status": gpu[0], "output": (gpu[1] + gpu[2]).strip()},
+    }
+
+
+def probe(url: str) -> dict[str, Any]:
+    """What a GET answers: HTTP status (0: nothing did) and the JSON or the reason."""
+    # A proxy of the environment has nothing to say on this guest's own addresses.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as response:
+            content, status = response.read(), response.status
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, "body": error.read()[:500].decode(errors="replace")}
+    except (OSError, http.client.HTTPException) as error:
+        return {"status": 0, "body": str(error)}
+    try:
+        return {"status": status, "body": json.loads(content)}
+    except ValueError:
+        return {"status": status, "body": content[:500].decode(errors="replace")}
+
+
+if __name__ == "__main__":
+    answer(read)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Runs on the guest: put a container in the place of the one of its name, and put that one back when it fails."""
+
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from operations.remote.common import run
+
+#: Seconds between two looks at a container that is starting.
+INTERVAL_S = 0.25
+
+
+class Failed(Exception):
+    """What went wrong, for stderr."""
+
+
+def docker(*words: str, timeout: float = 120) -> str:
+    status, output, error = run("docker", *words, timeout=timeout)
+    if status != 0:
+        raise Failed(f"docker {words[0]}: {(error or output).strip()}")
+    return output.strip()
+
+
+def exists(name: str) -> bool:
+    return run("docker", "container", "inspect", "--format", "{{.Id}}", name)[0] == 0
+
+
+def replace(order: dict[str, Any]) -> None:
+    """Create first, then stop the old one: a declaration that the engine refuses costs nobody anything."""
+    name = order["name"]
+    new, previous = f"{name}.new", f"{name}.previous"
+    for mount in order["mounts"]:
+        if not os.path.ismount(mount):
+            raise Failed(f"{mount} is not mounted")
+    for folder in order["folders"]:
+        os.makedirs(folder, mode=0o750, exist_ok=True)
+    if exists(new):
+        docker("rm", "--force", new)
+    docker("create", "--pull", "never", "--name", new, *order["create"])
+    if exists(name):
+        if exists(previous):
+            docker("rm", "--force", previous)
+        docker("stop", "--time", str(order["stop_s"]), name, timeout=order["stop_s"] + 60)
+        docker("rename", name, previous)
+    docker("rename", new, name)
+    try:
+        start(order)
+    except Failed as failed:
+        words = f"{failed}\n{last_lines(name)}"
+        docker("rm", "--force", name)
+        raise Failed(f"{words}\n{put_back(name, previous)}".rstrip()) from None
+    if exists(previous):
+        docker("rm", "--force", previous)
+
+
+def put_back(name: str, previous: str) -> str:
+    """Start the container that was stopped, if there was one; what came of it."""
+    if not exists(previous):
+        return ""
+    try:
+        docker("rename", previous, name)
+        docker("start", name)
+    except Failed as failed:
+        return f"The previous container does not start either: {failed}"
+    return "The previous container runs again."
+
+
+def start(order: dict[str, Any]) -> None:
+    """Start it and wait until it is what was asked for."""
+    name, deadline = order["name"], time.monotonic() + order["deadline_s"]
+    docker("start", name)
+    while True:
+        reason = unready(order)
+        if not reason:
+            return
+        if time.monotonic() >= deadline:
+            raise Failed(f"{name} is not ready after {order['deadline_s']:.0f} s: {reason}")
+        time.sleep(INTERVAL_S)
+
+
+def unready(order: dict[str, Any]) -> str:
+    """Why the container is not ready yet, empty when it is. One that keeps ending never will be."""
+    name = order["name"]
+    state = json.loads(docker("inspect", "--format", "{{json .}}", name))
+    health = (state["State"].get("Health") or {}).get("Status", "healthy")
+    if state["RestartCount"] > 2 or state["State"]["Status"] in ("exited", "dead"):
+        raise Failed(f"{name} ended with status {state['State']['ExitCode']} {state['State']['Error']}".rstrip())
+    if state["State"]["Status"] != "running":
+        return f"it is {state['State']['Status']}"
+    if health != "healthy":
+        return f"its health check says {health}"
+    if order["probe"]:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            opener.open(order["probe"], timeout=5).close()
+        except (OSError, ValueError) as error:
+            return f"{order['probe']}: {error}"
+    if order["gpu"]:
+        status, output, error_words = run("docker", "exec", name, "nvidia-smi", "-L", timeout=30)
+        if status != 0:
+            raise Failed(f"{name} does not see the GPU: {(output + error_words).strip()}")
+    return ""
+
+
+def last_lines(name: str) -> str:
+    _, output, error = run("docker", "logs", "--tail", "15", name)
+    return f"Its last lines:\n{(output + error).rstrip()}" if (output + error).strip() else "It has logged nothing."
+
+
+def main() -> int:
+    order = json.loads(sys.argv[1])
+    try:
+        # A start is a replacement that was done already.
+        {"replace": replace, "start": start}[order["do"]](order)
+    except Failed as failed:
+        print(failed, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

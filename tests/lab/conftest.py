@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""A lab of two nodes and two guests, deployed once, for tests that break it by hand. Needs root: `make test-lab`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal import host, lab
+from rehearsal.rehearse import bootstrap
+
+INVENTORY = "inventory/rehearsal.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/lab" in str(item.path):
+            item.add_marker(pytest.mark.lab)
+
+
+@dataclass
+class Outcome:
+    """One command as a user runs it: exit status and everything that it printed, colours removed."""
+
+    status: int
+    output: str
+
+
+@dataclass
+class Deployed:
+    """The commands of a user, and the lab's own trusted way into its hosts."""
+
+    reports: Path
+
+    def pyinfra(self, *words: str, **environment: str) -> Outcome:
+        return run([program("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(self.reports / "runs"), **environment)
+
+    def deploy(self, *words: str) -> Outcome:
+        return self.pyinfra("deploy.py", "-y", *words)
+
+    def plan(self, *words: str) -> Outcome:
+        return self.pyinfra("deploy.py", "--dry", *words)
+
+    def verify(self, *words: str) -> tuple[Outcome, set[str]]:
+        """The outcome, and `id[host]` of each check that failed."""
+        done = run([program("pytest"), "verify", "--lab", INVENTORY, "--report", str(self.reports), *words])
+        result = json.loads((self.reports / "verify.json").read_text())
+        return done, {f"{item['id']}[{item['host']}]" for item in result["results"] if item["verdict"] == "fail"}
+
+    def on(self, name: str, *words: str) -> str:
+        """Run a command in a host as its console would, without SSH."""
+        done = host.run(name, list(words))
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        return str(done.stdout)
+
+    def record(self) -> list[dict[str, Any]]:
+        """The newest run record."""
+        newest = max((self.reports / "runs").glob("*.jsonl"))
+        return [json.loads(line) for line in newest.read_text().splitlines()]
+
+    def changed(self) -> list[str]:
+        """What the newest run changed."""
+        return [f"{line['host']}: {line['name']}" for line in self.record() if line.get("changed")]
+
+
+def program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def run(words: list[str], **environment: str) -> Outcome:
+    done = subprocess.run(
+        words,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    return Outcome(done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """Two nodes and two guests, up and converged."""
+    if lab.is_up():
+        pytest.fail("a lab is up that these tests did not start: make lab-down")
+    lab.up(["pve1", "pve2"])
+    try:
+        bootstrap()
+        hosts = Deployed(tmp_path_factory.mktemp("reports"))
+        done = hosts.deploy()
+        assert done.status == 0, done.output[-4000:]
+        yield hosts
+    finally:
+        lab.down()

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""Break one promise by hand: verify fails at exactly the checks that say so, and one deploy heals it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from rehearsal import host
+
+
+def test_converged_lab_verifies_and_changes_nothing(deployed: Any) -> None:
+    done, failed = deployed.verify()
+    assert (done.status, failed) == (0, set()), done.output[-3000:]
+
+    again = deployed.deploy()
+    assert again.status == 0, again.output[-3000:]
+    assert deployed.changed() == []
+
+
+def test_plan_of_a_converged_lab_is_empty(deployed: Any) -> None:
+    done = deployed.plan()
+
+    assert done.status == 0
+    assert "plan: 0 changes, 0 reboots" in done.output
+    assert done.output.count("nothing to change") == 4
+
+
+def heals(deployed: Any, expected: set[str], *limit: str) -> None:
+    """verify fails at exactly `expected`; after one deploy it fails nowhere."""
+    _, failed = deployed.verify()
+    assert failed == expected
+
+    done = deployed.deploy()
+    assert done.status == 0, done.output[-3000:]
+    done, failed = deployed.verify()
+    assert (done.status, failed) == (0, set()), done.output[-3000:]
+
+
+def test_stopped_ollama(deployed: Any) -> None:
+    deployed.on("gpu01", "docker", "stop", "ollama")
+
+    _, failed = deployed.verify()
+    assert {check.partition("[")[0].rpartition(".")[0] for check in failed} <= {"containers.ollama", "containers.gpu"}
+    assert all(check.endswith("[gpu01]") for check in failed)
+    assert "containers.ollama.running[gpu01]" in failed
+    heals(deployed, failed)
+
+
+def test_edited_modprobe_file(deployed: Any) -> None:
+    deployed.on("pve1", "sed", "-i", "s/^options vfio-pci.*/options vfio-pci ids=10de:ffff/", MODPROBE)
+
+    _, failed = deployed.verify()
+    assert failed and all(check.startswith("hypervisor.") and check.endswith("[pve1]") for check in failed)
+    heals(deployed, failed)
+
+
+MODPROBE = "/etc/modprobe.d/gpulab-vfio.conf"
+
+
+def test_unloaded_driver(deployed: Any) -> None:
+    deployed.on("gpu01", "docker", "stop", "ollama")
+    deployed.on("gpu01", "systemctl", "stop", "nvidia-persistenced")
+    deployed.on(
+        "gpu01", "sh", "-c", "rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia 2>/dev/null; ! lsmod | grep -q ^nvidia"
+    )
+
+    _, failed = deployed.verify()
+    assert "nvidia.driver.loaded[gpu01]" in failed
+    assert all(check.startswith(("nvidia.", "containers.")) and check.endswith("[gpu01]") for check in failed)
+    heals(deployed, failed)
+
+
+def test_revoked_token(deployed: Any) -> None:
+    from rehearsal.rehearse import bootstrap
+
+    deployed.on("pve1", "pveum", "user", "token", "remove", "gpulab@pve", "gpulab")
+    try:
+        _, failed = deployed.verify()
+        assert {check.partition("[")[0] for check in failed} == {"vm.api.reachable"}
+
+        done = deployed.deploy()
+        assert done.status == 1
+        assert "the API refuses the token" in done.output
+    finally:
+        bootstrap()
+    heals(deployed, set())
+
+
+def test_guest_that_runs_and_cannot_be_reached_fails_the_plan(deployed: Any) -> None:
+    deployed.on("gpu01", "systemctl", "stop", "ssh.socket", "ssh.service")
+    try:
+        # The guest gets its boot time first; the lab's guests have been up for longer than a short one.
+        done = deployed.plan("--data", "boot_timeout_s=10")
+        assert done.status == 1
+        assert "gpu01 runs (VM 101 on pve1) and cannot be reached" in done.output
+        assert "create VM" not in done.output
+    finally:
+        deployed.on("gpu01", "systemctl", "start", "ssh.service")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("vmdi=101", "vmdi = 101: unknown key; did you mean `vmid`?"),
+        ("vmid=gpu", "vmid = 'gpu': expected a valid integer"),
+        ("memory_mib=lots", "memory_mib = 'lots': expected a valid integer"),
+    ],
+)
+def test_wrong_inventory_changes_nothing(deployed: Any, word: str, message: str) -> None:
+    done = deployed.deploy("--data", word)
+
+    assert done.status == 1
+    assert message in done.output
+    assert "Connecting to hosts" not in done.output
+    assert "Traceback" not in done.output
+
+
+def test_limit_without_a_match_is_refused(deployed: Any) -> None:
+    done = deployed.deploy("--limit", "gpu99")
+
+    assert done.status == 1
+    assert "--limit matches no host" in done.output
+
+
+def test_killed_deploy_can_be_run_again(deployed: Any) -> None:
+    import os
+    import signal
+    import subprocess
+
+    from .conftest import INVENTORY, program
+
+    deployed.on("gpu01", "docker", "rm", "--force", "ollama")
+    deployed.on("gpu01", "sh", "-c", "rm -f /etc/docker/daemon.json /etc/apt/preferences.d/gpulab-nvidia*")
+    words = [program("pyinfra"), INVENTORY, "deploy.py", "-y", "--limit", "gpu01"]
+    for seconds in (1.5, 3.0):
+        killed = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ)
+        )
+        time.sleep(seconds)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    heals(deployed, deployed.verify()[1])
+
+
+def test_secret_stands_nowhere(deployed: Any) -> None:
+    from pathlib import Path
+
+    from inventory.secrets import Secrets
+    from rehearsal import paths
+
+    secrets = Secrets(paths.lab() / "state").values()
+    assert secrets
+    words = [value.partition("=")[2] for value in secrets]
+    outputs = [deployed.pyinfra("deploy.py", "-vvv", "-y", "--diff").output, deployed.plan("-vvv").output]
+    outputs += [deployed.pyinfra("debug-inventory").output, deployed.verify("-vv")[0].output]
+    outputs += [path.read_text() for path in Path(deployed.reports).rglob("*") if path.is_file()]
+    for text in outputs:
+        assert not any(word in text for word in words)
+
+
+def test_broken_node_stops_only_its_own_guest(deployed: Any) -> None:
+    """Last of this file: the second node does not come back."""
+    host.stop("pve2", 10)
+
+    done = deployed.deploy()
+
+    assert done.status == 1
+    assert "waits for pve2" in done.output
+    hosts = {line["host"]: line["failed"] for line in deployed.record() if line["kind"] == "host"}
+    assert hosts == {"pve1": False, "gpu01": False}

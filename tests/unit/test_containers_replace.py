@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""The program that replaces a container, against a `docker` that remembers what it was told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import operations
+from operations.remote import program
+
+# Just enough of docker: containers with a name, a status and the words they were created with.
+DOCKER = """#!{python}
+import json, os, sys
+path = os.environ["DOCKER_STATE"]
+state = json.load(open(path))
+words = sys.argv[1:]
+names = [word for word in words if not word.startswith("-")]
+def fail(text):
+    print(text, file=sys.stderr)
+    sys.exit(1)
+def get(name):
+    return state["containers"].get(name) or fail("No such container: " + name)
+match words[0]:
+    case "container" | "inspect":
+        item = get(words[-1])
+        print(json.dumps({{"RestartCount": 0, "State": {{"Status": item["status"], "ExitCode": 1, "Error": ""}}}}))
+    case "create":
+        if state.get("refuse"):
+            fail("invalid mount config")
+        state["containers"][words[words.index("--name") + 1]] = {{"status": "created", "image": words[-1]}}
+    case "stop":
+        get(words[-1])["status"] = "exited"
+    case "start":
+        item = get(words[-1])
+        item["status"] = "exited" if item["image"] in state.get("broken", []) else "running"
+    case "rename":
+        if words[2] in state["containers"]:
+            fail("name in use")
+        state["containers"][words[2]] = state["containers"].pop(words[1])
+    case "rm":
+        get(words[-1])
+        del state["containers"][words[-1]]
+    case "logs":
+        print("some last words")
+json.dump(state, open(path, "w"))
+"""
+
+
+class Guest:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state.json"
+        docker = folder / "docker"
+        docker.write_text(DOCKER.format(python=sys.executable))
+        docker.chmod(0o755)
+        self.set()
+
+    def set(self, containers: dict[str, str] | None = None, **state: Any) -> None:
+        """Containers as name to image, all running but those in the middle of a replacement."""
+        found = {
+            name: {"status": "exited" if "." in name else "running", "image": image}
+            for name, image in (containers or {}).items()
+        }
+        self.state.write_text(json.dumps({"containers": found, **state}))
+
+    def containers(self) -> dict[str, tuple[str, str]]:
+        found = json.loads(self.state.read_text())["containers"]
+        return {name: (item["status"], item["image"]) for name, item in found.items()}
+
+    def replace(self, **order: Any) -> subprocess.CompletedProcess[str]:
+        text = program(str(Path(operations.__file__).parent / "containers" / "facts.py"), "replace")
+        whole = {
+            "do": "replace",
+            "name": "web",
+            "create": ["new"],
+            "mounts": [],
+            "folders": [],
+            "probe": "",
+            "gpu": False,
+            "stop_s": 1,
+            "deadline_s": 1,
+            **order,
+        }
+        environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "DOCKER_STATE": str(self.state)}
+        argv = [sys.executable, "-c", text, json.dumps(whole)]
+        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Guest:
+    return Guest(tmp_path)
+
+
+def test_a_first_container(guest: Guest) -> None:
+    assert guest.replace().returncode == 0
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_a_replacement_leaves_nothing_behind(guest: Guest) -> None:
+    guest.set({"web": "old"})
+    assert guest.replace().returncode == 0
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_what_the_engine_refuses_does_not_stop_the_old_one(guest: Guest) -> None:
+    guest.set({"web": "old"}, refuse=True)
+    done = guest.replace()
+    assert done.returncode == 1
+    assert "invalid mount config" in done.stderr
+    assert guest.containers() == {"web": ("running", "old")}
+
+
+def test_a_new_one_that_ends_is_taken_back(guest: Guest) -> None:
+    guest.set({"web": "old"}, broken=["new"])
+    done = guest.replace()
+    assert done.returncode == 1
+    assert "some last words" in done.stderr
+    assert done.stderr.endswith("The previous container runs again.\n")
+    assert guest.containers() == {"web": ("running", "old")}
+
+
+@pytest.mark.parametrize(
+    "left", [{"web.previous": "old", "web.new": "newer"}, {"web": "old", "web.new": "newer"}, {"web.previous": "old"}]
+)
+def test_a_run_that_was_killed_is_made_good(guest: Guest, left: dict[str, str]) -> None:
+    guest.set(left)
+    assert guest.replace().returncode == 0
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_the_fallback_of_a_killed_run_is_used(guest: Guest) -> None:
+    guest.set({"web.previous": "old"}, broken=["new"])
+    assert guest.replace().returncode == 1
+    assert guest.containers() == {"web": ("running", "old")}
+
+
+def test_no_folder_is_made_where_the_data_disk_should_be(guest: Guest, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    done = guest.replace(mounts=[str(data)], folders=[f"{data}/web"])
+    assert done.returncode == 1
+    assert f"{data} is not mounted" in done.stderr
+    assert not list(data.iterdir())
+
+
+def test_a_service_that_never_answers_is_named(guest: Guest) -> None:
+    done = guest.replace(probe="http://127.0.0.1:9/")
+    assert done.returncode == 1
+    assert "web is not ready after 1 s: http://127.0.0.1:9/:" in done.stderr
+    assert guest.containers() == {}

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""A container's declaration: what it becomes for `docker create`, when it counts as changed, what it may not do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inventory import GpulabError
+from operations.containers.container import decide
+from operations.containers.engine import SETTINGS, daemon_settings
+from operations.containers.ollama import full_name, missing_models, ollama_spec
+from operations.containers.spec import ContainerSpec, difference, familiar
+
+IMAGE = "registry.example/a@sha256:" + 64 * "a"
+SPEC = ContainerSpec("web", IMAGE, environment={"A": "1"}, ports={8080: 80}, volumes={"/srv/data/web": "/data"})
+
+#: Another value for each field that `docker create` is told of.
+OTHER: dict[str, Any] = {
+    "image": IMAGE.replace("a" * 64, "b" * 64),
+    "command": ("serve",),
+    "environment": {"A": "2"},
+    "volumes": {"/srv/data/web": "/elsewhere"},
+    "ports": {8081: 80},
+    "devices": ("nvidia.com/gpu=all",),
+    "user": "1000",
+    "read_only": False,
+    "tmpfs": ("/tmp", "/run"),
+    "capabilities": ("CHOWN",),
+    "memory_mib": 512,
+    "labels": {"a": "b"},
+}
+#: Asked from outside: a change of these takes no container down.
+OUTSIDE = {"name", "mounts", "probe", "stop_s", "ready_s"}
+
+
+def test_every_field_is_known_to_count_or_not() -> None:
+    assert {field.name for field in fields(ContainerSpec)} == {*OTHER, *OUTSIDE}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name: str) -> None:
+    changed = replace(SPEC, **{name: OTHER[name]})
+    assert changed.digest() != SPEC.digest()
+    lines = difference(json.dumps(SPEC.declaration()), changed)
+    assert lines
+    assert lines != difference(json.dumps(SPEC.declaration()), SPEC)
+
+
+@pytest.mark.parametrize(("name", "value"), [("probe", "http://127.0.0.1/"), ("ready_s", 5), ("mounts", ("/srv",))])
+def test_what_is_asked_from_outside_recreates_nothing(name: str, value: Any) -> None:
+    assert replace(SPEC, **{name: value}).digest() == SPEC.digest()
+
+
+@given(st.permutations(["A", "B", "C", "D"]))
+def test_the_order_of_settings_does_not_matter(names: list[str]) -> None:
+    ordered = replace(SPEC, environment=dict.fromkeys(sorted(names), "1"))
+    assert replace(SPEC, environment=dict.fromkeys(names, "1")).digest() == ordered.digest()
+
+
+def test_the_difference_names_what_goes_and_what_comes() -> None:
+    before = json.dumps(SPEC.declaration())
+    assert difference(before, replace(SPEC, environment={"B": "2"})) == (
+        "environment.A: 1 -> absent",
+        "environment.B: absent -> 2",
+    )
+
+
+def test_a_change_of_our_own_options_is_named() -> None:
+    assert difference(json.dumps(SPEC.declaration()), SPEC) == ("options of gpulab's own",)
+
+
+def test_a_container_may_do_nothing_that_it_was_not_given() -> None:
+    words = SPEC.create()
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only"} <= set(words)
+    assert [word for word in words if word.startswith("--publish")] == ["--publish=127.0.0.1:8080:80"]
+    assert "--mount=type=bind,source=/srv/data/web,target=/data" in words
+    assert words[-1] == IMAGE
+
+
+def test_images_are_named_as_docker_lists_them() -> None:
+    assert familiar("docker.io/library/nginx@sha256:1") == "nginx@sha256:1"
+    assert familiar("ollama/ollama@sha256:1") == "ollama/ollama@sha256:1"
+
+
+def test_a_guest_that_does_not_exist_yet_gets_image_and_container() -> None:
+    actions = decide({}, SPEC)
+    assert (actions.pull, actions.replace) == (True, "it is absent")
+
+
+def test_an_engine_that_is_down_is_no_reason_to_create_anything() -> None:
+    with pytest.raises(GpulabError, match="does not answer"):
+        decide({"info": None, "error": "gone"}, SPEC)
+
+
+def test_ollama_leaves_the_rest_of_the_card_to_others() -> None:
+    spec = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {"OLLAMA_CONTEXT_LENGTH": "4096", "OLLAMA_HOST": "x"})
+    assert spec.environment["OLLAMA_GPU_OVERHEAD"] == str((16376 - 8192) * 2**20)
+    # A setting may be overruled; what the deploy relies on may not.
+    assert spec.environment["OLLAMA_CONTEXT_LENGTH"] == "4096"
+    assert spec.environment["OLLAMA_HOST"] == "0.0.0.0:11434"
+    assert spec.ports == {11434: 11434}
+
+
+@pytest.mark.parametrize(
+    ("model", "full"),
+    [("tiny", "tiny:latest"), ("qwen3:8b", "qwen3:8b"), ("hf.co:443/a/b", "hf.co:443/a/b:latest")],
+)
+def test_a_model_without_tag_is_the_latest(model: str, full: str) -> None:
+    assert full_name(model) == full
+
+
+def test_missing_models() -> None:
+    answer = {"status": 200, "body": {"models": [{"name": "tiny:latest"}]}}
+    assert missing_models(answer, ["tiny", "qwen3:8b"]) == ["qwen3:8b"]
+    assert missing_models({"status": 200, "body": {"models": None}}, ["tiny"]) == ["tiny"]
+    assert missing_models({"status": 0, "body": "refused"}, ["tiny"]) == ["tiny"]
+    assert missing_models(None, []) == []
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["data-root", "features", "log-driver", "log-opts", "dns"]),
+        st.one_of(st.text(), st.dictionaries(st.text(), st.booleans())),
+    )
+)
+def test_daemon_settings_keep_foreign_keys_and_settle_at_once(current: dict[str, Any]) -> None:
+    once = daemon_settings(json.dumps(current))
+    assert daemon_settings(once) == once
+    merged = json.loads(once)
+    assert all(merged[key] == value for key, value in current.items() if key not in SETTINGS)
+    assert merged["features"]["cdi"] is True
+    assert merged["log-opts"] == SETTINGS["log-opts"]
