@@ -21,9 +21,10 @@ DEBIAN_13 = Distribution(
     nvidia_repository="debian13/x86_64",
     base=("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-timesyncd"),
     # Compute only, open modules: NVIDIA driver installation guide, Debian. notes: no X, no GL.
-    driver=("nvidia-driver-cuda", "nvidia-kernel-open-dkms"),
+    driver=("nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"),
     # docker.io 26.1 is the first of Debian's that reads CDI 0.7 specs.
-    engine=("docker.io", "docker-cli"),
+    # Without AppArmor's parser Docker runs every container unconfined.
+    engine=("docker.io", "docker-cli", "apparmor"),
     headers="linux-headers-amd64",
 )
 

@@ -9,6 +9,7 @@ container without SSH: the trusted path.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -450,8 +451,14 @@ def remove_cgroups(machine: str) -> list[str]:
 
 def _cgroups(machine: str) -> list[Path]:
     """The container's folder in each hierarchy; under systemd it is a scope."""
-    base = Path("/sys/fs/cgroup")
-    return [path for name in (machine, f"{machine}-*.scope") for path in base.rglob(name) if path.is_dir()]
+    names = (machine, f"{machine}-*.scope")
+    # os.walk bears cgroups that end while it looks, as those of a host that is just shutting down.
+    return [
+        Path(folder, name)
+        for folder, below, _ in os.walk("/sys/fs/cgroup")
+        for name in below
+        if any(fnmatch.fnmatch(name, pattern) for pattern in names)
+    ]
 
 
 def _systemd_is_init() -> bool:

@@ -161,6 +161,19 @@ def test_secret_stands_nowhere(deployed: Any) -> None:
         assert not any(word in text for word in words)
 
 
+def test_guest_comes_back_whole_from_a_reboot(deployed: Any) -> None:
+    """Driver, data disk, CDI and Ollama are there again without a deploy."""
+    before = deployed.on("gpu01", "cat", "/proc/sys/kernel/random/boot_id")
+    host.request_reboot("gpu01")
+    deadline = time.monotonic() + 120
+    failed: set[str] = {"not yet"}
+    while failed and time.monotonic() < deadline:
+        _, failed = deployed.verify("--limit", "gpu01")
+
+    assert failed == set()
+    assert deployed.on("gpu01", "cat", "/proc/sys/kernel/random/boot_id") != before
+
+
 def test_broken_node_stops_only_its_own_guest(deployed: Any) -> None:
     """Last of this file: the second node does not come back."""
     host.stop("pve2", 10)

@@ -219,7 +219,8 @@ def show_modules() -> None:
         for holder in users(name):
             (folder / name / "holders" / holder).symlink_to(f"../../{holder}")
     if Path("/proc/modules").exists():
-        run("umount", "/proc/modules") if is_mounted(Path("/proc/modules")) else None
+        if is_mounted(Path("/proc/modules")):
+            run("umount", "/proc/modules")
         others = Path("/proc/modules").read_text()
         (STATE / "proc-modules").write_text(module_lines() + others)
         run("mount", "--bind", str(STATE / "proc-modules"), "/proc/modules")

@@ -77,8 +77,6 @@ static int start(void)
     return error > 255 ? 255 : error;
 }
 
-static int value_of(const char *field, unsigned index, device_t device, char *out);
-
 /* Plain numbers with a unit; the real tool writes memory in MiB, power with two digits. */
 static int amount(char *out, const char *unit, double value, int digits)
 {
