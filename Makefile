@@ -17,7 +17,7 @@ $(BIN)/pyinfra: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing. hint: apt-get install python3-venv"; exit 1; }
 	@echo "Installing the Python packages of requirements.lock into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
 setup: $(BIN)/pyinfra ## install gpulab and its tools into .venv

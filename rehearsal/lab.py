@@ -13,7 +13,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -267,22 +267,18 @@ def _describe(lab: Lab) -> str:
 
 
 def _take_down() -> list[str]:
-    ended = []
-    # First whoever could start a host again, then the hosts, side by side.
+    # Guests before nodes before the API: a node that powers off asks its API to stop the guests, and waits for that.
+    known = current()
+    nodes = {entry.name for entry in known.nodes} if known else set()
+    ended = _stop_hosts(lambda name: name not in nodes)
+    ended += _stop_hosts(lambda name: True)
     for name in processes.names():
         if not name.startswith("host-") and processes.stop(name):
             ended.append(f"process {name}")
-    up_now = {name for name, _ in host.inits()}
-    folders = {path.name for path in paths.hosts().iterdir()} if paths.hosts().is_dir() else set()
-    known = sorted(up_now | folders)
-    if known:
-        with ThreadPoolExecutor(len(known)) as pool:
-            list(pool.map(lambda name: host.stop(name, STOP_S), known))
-    ended += [f"host {name}" for name in sorted(up_now)]
     if strays := processes.end_members(None, timeout=5):
         ended.append(f"{strays} processes without a record")
-    for name in known:
-        ended += host.cleanup(name)
+    # What somebody has started through the API meanwhile.
+    ended += _stop_hosts(lambda name: True)
     ended += host.remove_cgroups(f"*-{network.current().bridge}")
     ended += _detach_loops()
     ended += _unmount_rest()
@@ -291,6 +287,17 @@ def _take_down() -> list[str]:
         shutil.rmtree(paths.lab())
         ended.append(f"state in {paths.lab()}")
     return ended
+
+
+def _stop_hosts(chosen: Callable[[str], bool]) -> list[str]:
+    """Power off the chosen hosts side by side and clear what they leave, those that nobody looks after included."""
+    up_now = {name for name, _ in host.inits()}
+    folders = {path.name for path in paths.hosts().iterdir()} if paths.hosts().is_dir() else set()
+    names = sorted(name for name in up_now | folders if chosen(name))
+    if names:
+        with ThreadPoolExecutor(len(names)) as pool:
+            list(pool.map(lambda name: host.stop(name, STOP_S), names))
+    return [f"host {name}" for name in names if name in up_now]
 
 
 def _detach_loops() -> list[str]:

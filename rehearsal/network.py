@@ -35,6 +35,11 @@ class Network:
         return f"{PREFIX}{second}-{third}"
 
     @property
+    def mac(self) -> str:
+        """Hardware address of the bridge, of the range for local use."""
+        return "02:67:" + ":".join(f"{octet:02x}" for octet in self.subnet.network_address.packed)
+
+    @property
     def gateway(self) -> str:
         """The control machine's address on the bridge."""
         return self.address(1)
@@ -112,7 +117,10 @@ def up(network: Network) -> list[str]:
     """
     _check_free(network)
     if not is_up(network):
-        _run("ip", "link", "add", network.bridge, "type", "bridge", "forward_delay", "0")
+        # Without an address of its own a bridge takes the lowest of its ports', and changes it as hosts come and go:
+        # the others would then talk to an address that is gone, for ten seconds and more.
+        kind = ("type", "bridge", "forward_delay", "0")
+        _run("ip", "link", "add", network.bridge, "address", network.mac, *kind)
     _run("ip", "address", "replace", f"{network.gateway}/{network.subnet.prefixlen}", "dev", network.bridge)
     _run("ip", "link", "set", network.bridge, "up")
     previous = FORWARD.read_text().strip()

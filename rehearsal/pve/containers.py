@@ -202,7 +202,7 @@ def _disk_of(name: str) -> str:
 
 
 def gpu_file(node: str, devices: Sequence[PciDevice]) -> str:
-    """What the guest is told about its cards: `{"simulated": true, "devices": [{address, class, id, subsystem, uuid, …}, …]}`.
+    """What the guest is told about its cards: `devices`, each with address, class, id, subsystem, uuid.
 
     Each host slot becomes a slot of its own in the guest, from 01:00 on; the UUID stays with the host's card.
     """

@@ -33,6 +33,7 @@ def test_two_subnets_have_two_bridges(monkeypatch):
     monkeypatch.setenv("GPULAB_SUBNET", "10.67.1.0/24")
     assert network.current().bridge == "gpulab67-1"
     assert network.current().address(101) == "10.67.1.101"
+    assert network.current().mac == "02:67:0a:43:01:00"
 
 
 @pytest.mark.parametrize("subnet", ["10.66.0.0/16", "10.66.0.1/24", "lab"])

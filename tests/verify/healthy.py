@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from inventory.packages import TOOLKIT
+from inventory.packages import DEBIAN_13, TOOLKIT
 from verify.hosts import Unreachable, Unreadable
 from verify.observations import READER
 
@@ -118,7 +118,7 @@ def healthy() -> dict[str, Any]:
             "loaded": "580.95.05",
             "on_disk": "580.95.05",
             "policy": {
-                **{name: dict(versions) for name in ("nvidia-driver-cuda", "nvidia-kernel-open-dkms")},
+                **{name: dict(versions) for name in DEBIAN_13.driver},
                 **{name: {"installed": "1.20.0-1"} for name in TOOLKIT},
             },
             "sources": {url: [{"file": "nvidia.list", "signed_by": True, "trusted": False}] for url in repositories},
