@@ -89,7 +89,7 @@ def run(words: list[str], **environment: str) -> Outcome:
     return Outcome(done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """Two nodes and two guests, up and converged."""
     if lab.is_up():
