@@ -33,7 +33,7 @@ FIRST_NODE = 11
 FIRST_PORT = 18006
 SSH_S = 60.0
 API_S = 60.0
-STOP_S = 20.0
+STOP_S = 5.0
 LOOP_S = 5.0
 
 console = Console(stderr=True, highlight=False)
