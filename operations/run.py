@@ -126,7 +126,8 @@ def require_node(state: State, guest: Guest) -> None:
     failed = {host.name for host in state.failed_hosts}
     reason = current(state).failures.get(guest.node)
     if guest.node in failed or reason is not None:
-        raise GpulabError(f"waits for {guest.node}: {reason or 'it failed'}")
+        why = (reason or "it failed").removeprefix(f"{guest.node}: ")
+        raise GpulabError(f"waits for {guest.node}: {why}")
 
 
 def _in_run(state: State, name: str) -> bool:
