@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`python -m rehearsal`: the embedded lab on this machine.
 
-up [--nodes pve1,pve2] [--hardware FILE]   bring it up; guests are made by a deploy
+up [--nodes pve1,pve2] [--hardware FILE]   bring it up, with roles and tokens; guests are made by a deploy
 down                                       end all of it; caches stay
 status                                     what runs
 shell HOST                                 a root shell in a host, without SSH
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         match options.command:
             case "up":
                 lab.up([name for name in options.nodes.split(",") if name], options.hardware)
+                rehearse.bootstrap()
             case "down":
                 ended = lab.down()
                 print("\n".join(f"ended {what}" for what in ended) or "nothing was up")
