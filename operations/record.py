@@ -18,16 +18,25 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pyinfra.api import Host, State
 from pyinfra.api.state import BaseStateCallback, StateStage
 
+_records: WeakKeyDictionary[State, Record] = WeakKeyDictionary()
 
-def start(state: State) -> Record:
-    """Begin the record of a run and have pyinfra call it back."""
-    record = Record(state)
-    state.add_callback_handler(record)
-    return record
+
+def of_run(state: State) -> Record:
+    """The record of a pyinfra run; the first call begins it and has pyinfra call it back."""
+    if state not in _records:
+        _records[state] = Record(state)
+        state.add_callback_handler(_records[state])
+    return _records[state]
+
+
+def note_failure(state: State, host: Host, reason: str) -> None:
+    """Remember why a host failed: the first reason counts."""
+    of_run(state).failures.setdefault(host.name, reason)
 
 
 class Record(BaseStateCallback):
@@ -41,6 +50,8 @@ class Record(BaseStateCallback):
         self.began = time.monotonic()
         self.open: dict[tuple[str, str], tuple[float, int, int]] = {}
         self.ended: dict[str, list[tuple[Host, dict[str, Any]]]] = {}
+        #: Why each failed host failed, for the guests that wait for it.
+        self.failures: dict[str, str] = {}
         self.write(
             kind="run",
             started=moment.isoformat(),
@@ -64,11 +75,9 @@ class Record(BaseStateCallback):
     def operation_host_error(
         self, state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
     ) -> None:
-        from operations import run
-
         names = ", ".join(sorted(state.op_meta[op_hash].names))
-        run.note_failure(state, host, f"{names!r} failed")
-        self._operation(state, host, op_hash, run.current(state).failures[host.name])
+        note_failure(state, host, f"{names!r} failed")
+        self._operation(state, host, op_hash, self.failures[host.name])
 
     def operation_end(self, state: State, op_hash: str) -> None:
         """pyinfra knows whether an operation changed something only after the callbacks above."""
@@ -77,9 +86,7 @@ class Record(BaseStateCallback):
             self.write(**line, changed=bool(meta.did_change()))
 
     def host_connect_error(self, state: State, host: Host, error: Exception) -> None:
-        from operations import run
-
-        run.note_failure(state, host, str(error).splitlines()[0])
+        note_failure(state, host, str(error).splitlines()[0])
         self.write(kind="connect", host=host.name, error=str(error).splitlines()[0])
 
     def host_disconnect(self, state: State, host: Host) -> None:

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 from pyinfra import context
 from pyinfra.api import Host, State
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.output import echo
 from pyinfra.api.state import StateStage
 
@@ -34,9 +33,8 @@ class Part:
 
 @dataclass
 class Run:
-    """What the run knows across hosts: why each failed host failed, and whose deploy code has been read."""
+    """What the run knows across hosts: whose deploy code has been read, and whether the plan is printed."""
 
-    failures: dict[str, str] = field(default_factory=dict)
     prepared: set[str] = field(default_factory=set)
     printed: bool = False
 
@@ -48,17 +46,12 @@ def current(state: State) -> Run:
     """The run of a state; the run record starts with it."""
     if state not in _runs:
         _runs[state] = Run()
-        record.start(state)
+        record.of_run(state)
         if not sys.stdin.isatty():
             # Without -y pyinfra asks whether to go on when a host has failed; nobody is there to answer.
             state.config.FAIL_PERCENT = None
             state.should_raise_failed_hosts = None
     return _runs[state]
-
-
-def note_failure(state: State, host: Host, reason: str) -> None:
-    """Remember why a host failed, for the guests that wait for it and for the run record."""
-    current(state).failures.setdefault(host.name, reason)
 
 
 @contextmanager
@@ -94,7 +87,7 @@ def _print_plan(state: State, run: Run, failed: Host | None = None) -> None:
     names = [host.name for host in state.inventory if host.name in run.prepared or host in state.failed_hosts]
     for host in state.failed_hosts:
         if host.name not in run.prepared:
-            reason = run.failures.get(host.name, "could not connect")
+            reason = record.of_run(state).failures.get(host.name, "could not connect")
             plan.of_run(state).add(plan.Entry(host.name, reason, (), plan.Kind.REFUSED))
     echo(f"--> gpulab's plan:\n{plan.of_run(state).render(names)}", err=True)
 
@@ -124,7 +117,7 @@ def require_node(state: State, guest: Guest) -> None:
         GpulabError: the guest's node has failed in this run.
     """
     failed = {host.name for host in state.failed_hosts}
-    reason = current(state).failures.get(guest.node)
+    reason = record.of_run(state).failures.get(guest.node)
     if guest.node in failed or reason is not None:
         why = (reason or "it failed").removeprefix(f"{guest.node}: ")
         raise GpulabError(f"waits for {guest.node}: {why}")
@@ -132,6 +125,3 @@ def require_node(state: State, guest: Guest) -> None:
 
 def _in_run(state: State, name: str) -> bool:
     return name in {host.name for host in state.active_hosts}
-
-
-__all__ = ["GpulabError", "Part", "PyinfraError", "current", "nodes_ready", "note_failure", "of_host", "require_node"]

@@ -21,7 +21,7 @@ from pyinfra.api.output import format_text
 from pyinfra.api.state import StateStage
 
 from inventory import GpulabError
-from operations import plan
+from operations import plan, record
 from operations.facts import JsonFact
 
 P = ParamSpec("P")
@@ -57,9 +57,7 @@ def refuse(state: State, host: Host, error: GpulabError) -> bool:
     logger.error(f"{host.print_prefix}{format_text(lines[0], 'red')}")
     for line in lines[1:]:
         logger.error(f"{host.print_prefix}{line}")
-    from operations import run
-
-    run.note_failure(state, host, error.brief)
+    record.note_failure(state, host, error.brief)
     return False
 
 

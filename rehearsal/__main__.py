@@ -5,6 +5,9 @@ up [--nodes pve1,pve2] [--hardware FILE]   bring it up, with roles and tokens; g
 down                                       end all of it; caches stay
 status                                     what runs
 shell HOST                                 a root shell in a host, without SSH
+ssh-config FILE                            write an OpenSSH configuration for the lab's nodes
+rehearse [--keep]                          the whole job on the lab, from nothing
+bench                                      the budgets beside what the last rehearsal measured
 """
 
 from __future__ import annotations

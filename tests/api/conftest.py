@@ -18,7 +18,7 @@ from inventory import Node
 from inventory.resolve import resolve
 from inventory.schema import Passthrough, PassthroughDevice
 from inventory.secrets import Secrets
-from operations import plan, run
+from operations import plan, record
 from operations.proxmox import access
 from rehearsal.pve.testing import FakeLab
 
@@ -76,7 +76,7 @@ class Bench:
         with ctx_state.use(self.state), ctx_host.use(self.host):
             for command in step._inner(**arguments):
                 assert isinstance(command, FunctionCommand)
-                assert command.execute(self.state, self.host, {}) is not False, run.current(self.state).failures
+                assert command.execute(self.state, self.host, {}) is not False, record.of_run(self.state).failures
                 count += 1
         return count
 
