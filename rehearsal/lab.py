@@ -105,6 +105,8 @@ def up(names: Sequence[str] = NODES, hardware: Path = node.MACHINE) -> None:
 def down() -> list[str]:
     """End everything that belongs to the lab, whatever state it is in, and return what was ended. Caches stay."""
     machine.check()
+    if machine.missing_packages() and not paths.lab().exists():
+        return []  # Nothing can be up where not even the tools are that would have to end it.
     with _locked():
         return _take_down()
 
