@@ -47,11 +47,11 @@ lab-status: setup ## what of the lab is running
 	@python -m rehearsal status
 
 lab-shell: setup ## a root shell on a lab host: make lab-shell HOST=pve1
-	@python -m rehearsal shell $(HOST)
+	@python -m rehearsal shell $(or $(HOST),$(error say which host: make lab-shell HOST=pve1))
 
 bootstrap: setup ## role, user and token on the nodes of LAB, once
 	@python -m operations.proxmox.trust $(LAB)
-	@pyinfra $(LAB) --limit nodes -y operations.proxmox.access.bootstrap
+	@pyinfra $(LAB) --limit nodes -y operations.proxmox.access.bootstrap name="Make role, user and API token"
 
 plan: setup ## what a deploy of LAB would change
 	@pyinfra $(LAB) deploy.py --dry

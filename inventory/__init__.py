@@ -130,13 +130,19 @@ def _problem(host: str, model: type[Any], error: Any) -> str:
         case "extra_forbidden":
             near = difflib.get_close_matches(str(error["loc"][-1]), _fields(model, error["loc"][:-1]), 1)
             meant = f"; did you mean `{near[0]}`?" if near else ""
-            return f"{key} = {error['input']!r}: unknown key{meant}"
+            return f"{key} = {_shown(error['input'])}: unknown key{meant}"
         case "value_error":
-            shown = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+            shown = "" if isinstance(error["input"], dict) else f" = {_shown(error['input'])}"
             return f"{key}{shown}: expected {error['ctx']['error']}"
         case _:
             expected = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
-            return f"{key} = {error['input']!r}: expected {expected}"
+            return f"{key} = {_shown(error['input'])}: expected {expected}"
+
+
+def _shown(value: object) -> str:
+    """A value of the inventory, cut where it is longer than a line can bear."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…{text[-1]}"
 
 
 def _fields(model: type[Any], location: tuple[str | int, ...]) -> list[str]:

@@ -139,7 +139,16 @@ def _phases(summary: Summary) -> None:
 def bootstrap() -> None:
     """Make role, user and token on the lab's nodes, as an admin does once on a real lab."""
     _command(
-        "bootstrap", [*_module("pyinfra"), INVENTORY, "--limit", "nodes", "-y", "operations.proxmox.access.bootstrap"]
+        "bootstrap",
+        [
+            *_module("pyinfra"),
+            INVENTORY,
+            "--limit",
+            "nodes",
+            "-y",
+            "operations.proxmox.access.bootstrap",
+            "name=Make role, user and API token",
+        ],
     )
 
 

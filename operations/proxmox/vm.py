@@ -17,6 +17,7 @@ from pyinfra.api import Host, StringCommand
 import inventory
 from inventory import GpulabError, Guest, Node
 from operations import step
+from operations.facts import JsonFact
 from operations.plan import key_diff
 from operations.proxmox import access, config, host_keys
 from operations.proxmox.client import ApiError, Client
@@ -271,6 +272,16 @@ def _resize(client: Client, guest: Guest, node: Node, disk: str, size: str) -> N
     client.run_task("PUT", *where, task="resize", deadline_s=300, disk=disk, size=size)
 
 
+class CloudInit(JsonFact):
+    """`{finished: bool}`: has cloud-init come to its end in this guest? A killed run can leave one in the middle."""
+
+    absent = {"finished": True}
+    script = """
+import json, os
+print(json.dumps({"finished": os.path.exists("/var/lib/cloud/instance/boot-finished")}))
+"""
+
+
 @step.step
 def started() -> step.Commands:
     """
@@ -284,6 +295,10 @@ def started() -> step.Commands:
     pending = _pending(client, guest, node) if found is not None and found.status == "running" else []
     if found is not None and found.status == "running" and not pending:
         if getattr(host.connector, "assumed", False):
+            yield step.call(_first_contact, host, client, guest, True)
+            return
+        if not step.read(CloudInit)["finished"]:
+            step.changes(f"wait for cloud-init of {guest.name}")
             yield step.call(_first_contact, host, client, guest, True)
             return
         step.noop(f"{guest.name} runs")
@@ -333,7 +348,12 @@ def _first_contact(host: Host, client: Client, guest: Guest, existed: bool) -> N
     connector.reconnect(max(5.0, deadline - time.monotonic()))
     connector.assumed = False
     # Exit status 2 is "done, with recoverable errors"; the words say more than the status.
-    wait = StringCommand("cloud-init", "status", "--wait", "--long")
+    left = max(5, int(deadline - time.monotonic()))
+    wait = StringCommand("timeout", str(left), "cloud-init", "status", "--wait", "--long")
     done, output = host.run_shell_command(wait, print_output=False, print_input=False)
     if not done and "status: done" not in output.stdout:
-        raise GpulabError(f"{guest.name}: cloud-init failed", output.output[-2000:])
+        raise GpulabError(
+            f"{guest.name}: cloud-init failed, or did not end within {guest.boot_timeout_s} s of the start",
+            output.output[-2000:],
+            "/var/log/cloud-init-output.log on the guest says what it did",
+        )
