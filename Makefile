@@ -29,6 +29,7 @@ lint: setup ## ruff, mypy, import arrows
 	lint-imports
 
 test: lint ## lint, types and all fast tests
+	@python -m rehearsal packages
 	pytest -q
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)

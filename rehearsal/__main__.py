@@ -5,6 +5,7 @@ up [--nodes pve1,pve2] [--hardware FILE]   bring it up, with roles and tokens; g
 down                                       end all of it; caches stay
 status                                     what runs
 shell HOST                                 a root shell in a host, without SSH
+packages                                   install the Debian packages that the lab and its tests need
 ssh-config FILE                            write an OpenSSH configuration for the lab's nodes
 rehearse [--keep]                          the whole job on the lab, from nothing
 bench                                      the budgets beside what the last rehearsal measured
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 from inventory import GpulabError
-from rehearsal import bench, lab, node, rehearse
+from rehearsal import bench, lab, machine, node, rehearse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("status", help="show what runs")
     shell = commands.add_parser("shell", help="open a root shell in a host, without SSH")
     shell.add_argument("host")
+    commands.add_parser("packages", help="install the Debian packages that the lab and its tests need")
     ssh = commands.add_parser("ssh-config", help="write an OpenSSH configuration for the lab's hosts")
     ssh.add_argument("file", type=Path)
     whole = commands.add_parser("rehearse", help="the whole job on the lab, from nothing")
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
                 lab.show_status()
             case "shell":
                 return lab.shell(options.host)
+            case "packages":
+                machine.install(print)
             case "ssh-config":
                 lab.write_ssh_config(options.file)
             case "rehearse":

@@ -55,11 +55,13 @@ def install(report: Callable[[str], None]) -> None:
     """Install what is missing of `PACKAGES`.
 
     Raises:
-        GpulabError: apt cannot.
+        GpulabError: apt cannot, or the user is not root.
     """
     missing = missing_packages()
     if not missing:
         return
+    if os.geteuid() != 0:
+        raise GpulabError(f"Missing packages: {' '.join(missing)}", resolution=f"apt-get install {' '.join(missing)}")
     report(f"installing {', '.join(missing)}")
     if not _known(missing) or not _apt("install", *missing):
         # No package lists yet, or lists so old that the mirror has dropped what they name.
