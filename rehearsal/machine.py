@@ -22,6 +22,7 @@ PACKAGES = {
     "openssh-client": "SSH keys of the lab",
     "e2fsprogs": "file systems of the lab's disks",
     "gnupg": "signs the lab's package repository",
+    "gpgv": "checks its signatures in the tests",
     "dpkg-dev": "indexes it",
     "gcc": "compiles the NVML stand-in",
     "libc6-dev": "compiles the NVML stand-in",
