@@ -39,6 +39,8 @@ class JsonFact(FactBase[Any]):
             raise FactProcessError(f"{type(self).__name__}: expected JSON, got: {output[0][:120]!r}") from error
 
 
-def python(script: str, argument: Any) -> StringCommand:
+def python(script: str, argument: Any, **connector: Any) -> StringCommand:
     """A remote command that runs a Python program with one JSON argument. Secrets go over `_stdin` instead."""
-    return StringCommand("python3", "-c", QuoteString(script.strip()), QuoteString(json.dumps(argument)))
+    return StringCommand(
+        *("python3", "-c", QuoteString(script.strip()), QuoteString(json.dumps(argument))), **connector
+    )

@@ -109,7 +109,7 @@ def record(found: Mapping[str, Any], changing: Mapping[str, File | None]) -> Non
         if file is not None and file.secret:
             step.changes(f"file {path} (secret content)")
             continue
-        lines = file_diff(path, content_of(found, path), None if file is None else file.content)
+        lines = file_diff(content_of(found, path), None if file is None else file.content)
         step.changes(f"file {path}" if file is not None else f"remove file {path}", lines)
 
 
@@ -119,8 +119,7 @@ def write(changing: Mapping[str, File | None]) -> StringCommand:
         path: None if file is None else {"content": base64.b64encode(file.content.encode()).decode(), "mode": file.mode}
         for path, file in changing.items()
     }
-    bits = python(_WRITE, {}).bits
-    return StringCommand(*bits, _stdin=json.dumps(payload))
+    return python(_WRITE, {}, _stdin=json.dumps(payload))
 
 
 @step.step

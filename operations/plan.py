@@ -80,12 +80,13 @@ def of_run(state: State) -> Plan:
     return _plans.setdefault(state, Plan())
 
 
-def file_diff(path: str, current: str | None, wanted: str | None) -> tuple[str, ...]:
+def file_diff(current: str | None, wanted: str | None) -> tuple[str, ...]:
     """The lines that a file loses (`-`) and gains (`+`); None: the file is absent."""
     before = [] if current is None else current.splitlines()
     after = [] if wanted is None else wanted.splitlines()
-    changes = difflib.unified_diff(before, after, n=0, lineterm="")
-    return tuple(line for line in changes if not line.startswith(("---", "+++", "@@")))
+    # The first two lines name the files. Told by their place: a removed `-- x` looks like one of them.
+    changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    return tuple(line for line in changes if not line.startswith("@@"))
 
 
 def key_diff(current: dict[str, str | None], wanted: dict[str, str | None]) -> tuple[str, ...]:

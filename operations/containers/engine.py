@@ -132,7 +132,7 @@ def engine(packages: Sequence[str], registry_ca: Mapping[str, str] | None = None
     for path, file in actions.files.items():
         if file is not None:
             before = found.get("files", {}).get(path)
-            step.changes(f"file {path}", file_diff(path, before, file.content))
+            step.changes(f"file {path}", file_diff(before, file.content))
     if actions.restart:
         kept = "; its containers go on running" if found["info"]["live_restore"] else ", and with it its containers"
         step.changes(f"restart Docker{kept}", (actions.restart,))

@@ -83,7 +83,7 @@ def toolkit(packages: Sequence[str], version: str) -> step.Commands:
         lines = tuple(f"{name}: {installed.get(name) or 'absent'} -> {version}" for name in packages)
         step.changes("install the container toolkit", lines)
     if actions.unit_file:
-        step.changes(f"file {UNIT_FILE}", file_diff(UNIT_FILE, found.get("unit_file"), unit_file()))
+        step.changes(f"file {UNIT_FILE}", file_diff(found.get("unit_file"), unit_file()))
     if actions.enable:
         step.changes(f"enable {UNIT}")
     if actions.generate:

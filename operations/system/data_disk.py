@@ -165,7 +165,7 @@ def data_disk(by_id: str, mount: str) -> step.Commands:
     if actions.format:
         step.changes(f"format {actions.device} (it is empty)", (f"ext4, label {LABEL}",))
     if actions.fstab is not None:
-        lines = file_diff("/etc/fstab", found.get("fstab"), actions.fstab)
+        lines = file_diff(found.get("fstab"), actions.fstab)
         # Before the disk exists there is neither a UUID nor the rest of the file to show.
         step.changes("file /etc/fstab", lines if found else (f"+{fstab_line('(of the new disk)', mount)}",))
     if actions.mount:
