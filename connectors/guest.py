@@ -34,8 +34,7 @@ class GuestConnector(LabConnector):
         guest = self.lab.guests[self.host.name]
         node = self.lab.node_of(guest)
         try:
-            client = Client(node, retry_s=5)
-            client.on_request = self.count_request
+            client = Client(node, retry_s=5, host=self.host)
             found = vm.read_state(client, guest.vmid)
         except GpulabError as error:
             raise ConnectError(f"waits for {node.name}: {error}") from None
@@ -63,16 +62,19 @@ class GuestConnector(LabConnector):
         self, command: StringCommand, print_output: bool = False, print_input: bool = False, **arguments: Any
     ) -> tuple[bool, CommandOutput]:
         """As over SSH; while a guest that does not exist yet is planned, every command succeeds with nothing."""
-        if self.assumed and self.state.current_stage < StateStage.Execute:
+        if self._only_planned():
             return True, CommandOutput([])
         return super().run_shell_command(command, print_output, print_input, **arguments)
 
     def put_file(self, *arguments: Any, **keywords: Any) -> bool:
-        if self.assumed and self.state.current_stage < StateStage.Execute:
+        if self._only_planned():
             return True
         return super().put_file(*arguments, **keywords)
 
     def get_file(self, *arguments: Any, **keywords: Any) -> bool:
-        if self.assumed and self.state.current_stage < StateStage.Execute:
+        if self._only_planned():
             return True
         return super().get_file(*arguments, **keywords)
+
+    def _only_planned(self) -> bool:
+        return self.assumed and self.state.current_stage < StateStage.Execute

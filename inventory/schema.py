@@ -321,9 +321,6 @@ class Lab(Model):
     def node_of(self, guest: Guest) -> Node:
         return self.nodes[guest.node]
 
-    def guests_on(self, node: str) -> list[Guest]:
-        return [guest for guest in self.guests.values() if guest.node == node]
-
     def card_of(self, guest: Guest) -> Card | None:
         """The card that the guest is given, or None."""
         return self.node_of(guest).device(guest.gpu).card if guest.gpu else None

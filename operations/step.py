@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Any, ParamSpec
 
-from pyinfra import host, logger, state
+from pyinfra import context, host, logger, state
 from pyinfra.api import FunctionCommand, Host, State, operation
 from pyinfra.api.command import PyinfraCommand
 from pyinfra.api.exceptions import PyinfraError
@@ -125,11 +125,4 @@ def assumed() -> bool:
 
 
 def _record(entry: plan.Entry) -> None:
-    plan.of_run(_current_state()).add(entry)
-
-
-def _current_state() -> State:
-    from pyinfra.context import ctx_state
-
-    current: State = ctx_state.get()
-    return current
+    plan.of_run(context.ctx_state.get()).add(entry)

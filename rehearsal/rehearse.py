@@ -141,7 +141,7 @@ def bootstrap() -> None:
     _command(
         "bootstrap",
         [
-            *_module("pyinfra"),
+            program("pyinfra"),
             INVENTORY,
             "--limit",
             "nodes",
@@ -171,7 +171,7 @@ def _pyinfra(name: str, *words: str) -> RunFigures:
     for old in runs.glob("*.jsonl"):
         old.unlink()
     began = time.monotonic()
-    _command(name, [*_module("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(runs))
+    _command(name, [program("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(runs))
     figures = RunFigures(seconds=round(time.monotonic() - began, 2))
     for line in _record(name):
         if line["kind"] == "host":
@@ -194,7 +194,7 @@ def _changed_names(name: str) -> list[str]:
 
 def _verify(summary: Summary) -> None:
     began = time.monotonic()
-    words = [*_module("pytest"), "verify", "--lab", INVENTORY, "--report", str(REPORTS)]
+    words = [program("pytest"), "verify", "--lab", INVENTORY, "--report", str(REPORTS)]
     status = _command("verify", words, check=False)
     summary.verify_seconds = round(time.monotonic() - began, 2)
     try:
@@ -221,9 +221,9 @@ def _command(name: str, words: list[str], check: bool = True, **environment: str
     return done.returncode
 
 
-def _module(name: str) -> list[str]:
+def program(name: str) -> str:
     """The program of this virtual environment, whatever PATH says."""
-    return [str(Path(sys.executable).with_name(name))]
+    return str(Path(sys.executable).with_name(name))
 
 
 def _log(name: str) -> Path:

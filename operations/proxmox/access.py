@@ -14,7 +14,7 @@ import inventory
 from inventory import GpulabError, Node
 from inventory.secrets import Secrets
 from operations import step
-from operations.facts import JsonFact, python
+from operations.facts import JsonFact
 from operations.proxmox.client import ApiError, Client
 
 _VM = (
@@ -95,7 +95,7 @@ print(json.dumps({
 """
 
     def command(self, user: str) -> StringCommand:
-        return python(self.script, {"user": user})
+        return super().command(user=user)
 
 
 def bootstrap_commands(found: Mapping[str, Any], node: Node) -> list[tuple[str, ...]]:

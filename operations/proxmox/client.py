@@ -15,6 +15,7 @@ from typing import Any
 import requests
 from proxmoxer import ProxmoxAPI
 from proxmoxer.core import ResourceException
+from pyinfra.api import Host
 
 from inventory import GpulabError, Node
 from inventory.secrets import Secrets, variable
@@ -41,9 +42,9 @@ class ApiUnreachable(GpulabError):
 
 
 class Client:
-    """The API of one node, with the lab's token. `requests_sent` counts every HTTP request."""
+    """The API of one node, with the lab's token. Every HTTP request counts for `host`, when one is given."""
 
-    def __init__(self, node: Node, retry_s: float = RETRY_S) -> None:
+    def __init__(self, node: Node, retry_s: float = RETRY_S, host: Host | None = None) -> None:
         token = Secrets(node.state).get(node.cluster_name, "api_token")
         if token is None:
             raise GpulabError(
@@ -63,8 +64,8 @@ class Client:
             )
         self.node = node
         self.retry_s = retry_s
-        self.requests_sent = 0
-        self.on_request: Callable[[], None] = lambda: None
+        # Hosts of other connectors than ours count nothing.
+        self.count: Callable[[], None] = getattr(getattr(host, "connector", None), "count_request", lambda: None)
         self.api = ProxmoxAPI(
             node.api_host,
             port=node.api.port,
@@ -115,18 +116,20 @@ class Client:
             GpulabError: it ended badly (with the last lines of its log) or not within `deadline_s` seconds.
         """
         node, kind = upid.split(":")[1], upid.split(":")[5]
-        deadline = time.monotonic() + deadline_s
+        began = time.monotonic()
         while True:
             status = self.get("nodes", node, "tasks", upid, "status")
             if status["status"] == "stopped":
                 break
-            if time.monotonic() >= deadline:
+            elapsed = time.monotonic() - began
+            if elapsed >= deadline_s:
                 raise GpulabError(
                     f"{node}: task {kind} has not ended after {deadline_s:.0f} s",
                     f"Task: {upid}",
                     "it may still end; look at it in the node's task list, then deploy again",
                 )
-            time.sleep(min(INTERVAL_S, 0.3 if deadline_s - (deadline - time.monotonic()) < 5 else INTERVAL_S))
+            # Most tasks end within moments.
+            time.sleep(0.3 if elapsed < 5 else INTERVAL_S)
         result = str(status.get("exitstatus", "no exit status"))
         if result != "OK" and not result.startswith("WARNINGS"):
             log = self.get("nodes", node, "tasks", upid, "log", limit=500)
@@ -141,8 +144,7 @@ class Client:
         return str(ours[0]["upid"]) if ours else None
 
     def _send(self, method: str, path: tuple[str | int, ...], parameters: dict[str, Any]) -> Any:
-        self.requests_sent += 1
-        self.on_request()
+        self.count()
         resource = self.api(*[[str(part) for part in path]])
         try:
             match method:

@@ -13,8 +13,6 @@ from inventory import GpulabError, Guest, Node
 TAG = "gpulab"
 #: Families that are wholly ours: a member that is not declared goes.
 OURS = re.compile(r"^(hostpci|net|ipconfig)[0-9]+$")
-#: Keys that only a creation sends: later they are volumes with names of their own.
-VOLUMES = ("scsi0", "scsi1", "efidisk0", "ide2")
 #: Where the guest finds the data disk: QEMU names the disk on scsi1 so.
 DATA_DISK_ID = "scsi-0QEMU_QEMU_HARDDISK_drive-scsi1"
 #: Cloud-init vendor data, a file on the node's image storage.

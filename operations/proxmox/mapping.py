@@ -15,7 +15,7 @@ from pyinfra.api import Host, StringCommand
 import inventory
 from inventory import GpulabError, Node
 from operations import step
-from operations.facts import JsonFact, python
+from operations.facts import JsonFact
 from operations.plan import key_diff
 from operations.proxmox.client import ApiError, Client
 
@@ -75,7 +75,7 @@ print(json.dumps(found))
 """
 
     def command(self, addresses: list[str]) -> StringCommand:
-        return python(self.script, {"addresses": addresses})
+        return super().command(addresses=addresses)
 
 
 @step.step
@@ -87,8 +87,7 @@ def mappings(devices: Mapping[str, str]) -> step.Commands:
     """
     host: Host = context.ctx_host.get()
     node = inventory.of_run(context.ctx_state.get()).nodes[host.name]
-    client = Client(node)
-    client.on_request = getattr(host.connector, "count_request", lambda: None)
+    client = Client(node, host=host)
     found = step.read(PciDevices, addresses=sorted(devices.values()))
     correct = True
     for name, address in devices.items():

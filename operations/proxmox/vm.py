@@ -80,9 +80,7 @@ def _here() -> tuple[Host, Guest, Node, Client]:
     lab = inventory.of_run(context.ctx_state.get())
     guest = lab.guests[host.name]
     node = lab.node_of(guest)
-    client = Client(node)
-    client.on_request = getattr(host.connector, "count_request", lambda: None)
-    return host, guest, node, client
+    return host, guest, node, Client(node, host=host)
 
 
 @step.step
@@ -106,7 +104,9 @@ def preflight() -> step.Commands:
     found = read_state(client, guest.vmid)
     if found is not None:
         _check_ownership(guest, node, found)
-    stores = {item["storage"]: str(item.get("content", "")).split(",") for item in _storages(client, node)}
+    stores = {
+        item["storage"]: str(item.get("content", "")).split(",") for item in client.get("nodes", node.name, "storage")
+    }
     for storage, kinds in ((node.image_storage, ("import", "snippets")), (guest.disk_storage, ("images",))):
         for kind in kinds:
             if kind not in stores.get(storage, []):
@@ -121,11 +121,6 @@ def preflight() -> step.Commands:
             _check_gpu_free(client, guest, node)
     step.noop(f"{node.name} can hold VM {guest.vmid}")
     yield from ()
-
-
-def _storages(client: Client, node: Node) -> list[dict[str, Any]]:
-    answer: list[dict[str, Any]] = client.get("nodes", node.name, "storage")
-    return answer
 
 
 def _check_ownership(guest: Guest, node: Node, found: VmState) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from rehearsal import host, lab
-from rehearsal.rehearse import bootstrap
+from rehearsal.rehearse import bootstrap, program
 
 INVENTORY = "inventory/rehearsal.py"
 
@@ -70,10 +69,6 @@ class Deployed:
     def changed(self) -> list[str]:
         """What the newest run changed."""
         return [f"{line['host']}: {line['name']}" for line in self.record() if line.get("changed")]
-
-
-def program(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 def run(words: list[str], **environment: str) -> Outcome:

@@ -118,7 +118,9 @@ def test_killed_deploy_can_be_run_again(deployed: Any) -> None:
     import signal
     import subprocess
 
-    from .conftest import INVENTORY, program
+    from rehearsal.rehearse import program
+
+    from .conftest import INVENTORY
 
     deployed.on("gpu01", "docker", "rm", "--force", "ollama")
     deployed.on("gpu01", "sh", "-c", "rm -f /etc/docker/daemon.json /etc/apt/preferences.d/gpulab-nvidia*")
