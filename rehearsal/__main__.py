@@ -5,7 +5,7 @@ up [--nodes pve1,pve2] [--hardware FILE]   bring it up, with roles and tokens; g
 down                                       end all of it; caches stay
 status                                     what runs
 shell HOST                                 a root shell in a host, without SSH
-packages                                   install the Debian packages that the lab and its tests need
+packages [--kernel]                        install the Debian packages that the lab (the kernel tier) and its tests need
 ssh-config FILE                            write an OpenSSH configuration for the lab's nodes
 rehearse [--keep]                          the whole job on the lab, from nothing
 bench                                      the budgets beside what the last rehearsal measured
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from inventory import GpulabError
 from rehearsal import bench, lab, machine, node, rehearse
+from rehearsal.kernel import qemu
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("status", help="show what runs")
     shell = commands.add_parser("shell", help="open a root shell in a host, without SSH")
     shell.add_argument("host")
-    commands.add_parser("packages", help="install the Debian packages that the lab and its tests need")
+    needed = commands.add_parser("packages", help="install the Debian packages that the lab and its tests need")
+    needed.add_argument("--kernel", action="store_true", help="those of the kernel tier instead")
     ssh = commands.add_parser("ssh-config", help="write an OpenSSH configuration for the lab's hosts")
     ssh.add_argument("file", type=Path)
     whole = commands.add_parser("rehearse", help="the whole job on the lab, from nothing")
@@ -56,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             case "shell":
                 return lab.shell(options.host)
             case "packages":
-                machine.install(print)
+                machine.install(print, qemu.PACKAGES if options.kernel else machine.PACKAGES)
+                if options.kernel and (reason := qemu.missing()):
+                    raise GpulabError(f"No kernel machine can run here: {reason}")
             case "ssh-config":
                 lab.write_ssh_config(options.file)
             case "rehearse":

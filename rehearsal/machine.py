@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from inventory import GpulabError
@@ -24,6 +24,8 @@ PACKAGES = {
     "gnupg": "signs the lab's package repository",
     "gpgv": "checks its signatures in the tests",
     "dpkg-dev": "indexes it",
+    "dosfstools": "makes EFI partitions in the tests",
+    "mtools": "fills them",
     "gcc": "compiles the NVML stand-in",
     "libc6-dev": "compiles the NVML stand-in",
 }
@@ -52,13 +54,13 @@ def check() -> None:
             raise GpulabError("This kernel has no overlayfs", done.stderr.strip())
 
 
-def install(report: Callable[[str], None]) -> None:
-    """Install what is missing of `PACKAGES`.
+def install(report: Callable[[str], None], packages: Iterable[str] = PACKAGES) -> None:
+    """Install what is missing of `packages`.
 
     Raises:
         GpulabError: apt cannot, or the user is not root.
     """
-    missing = missing_packages()
+    missing = missing_packages(packages)
     if not missing:
         return
     if os.geteuid() != 0:
@@ -71,9 +73,9 @@ def install(report: Callable[[str], None]) -> None:
         _apt("install", *missing, must=True)
 
 
-def missing_packages() -> list[str]:
-    """Those of `PACKAGES` that are not installed."""
-    return [name for name in PACKAGES if not _installed(name)]
+def missing_packages(packages: Iterable[str] = PACKAGES) -> list[str]:
+    """Those that are not installed."""
+    return [name for name in packages if not _installed(name)]
 
 
 def _installed(name: str) -> bool:
