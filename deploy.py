@@ -17,23 +17,32 @@ with run.of_host() as part:
 
     if node:
         wanted = hypervisor.wanted(node)
-        hypervisor.preflight(name="Check the node's cards and boot loader", wanted=wanted)
+        hypervisor.preflight(
+            name="Check the node's cards and boot loader",
+            wanted=wanted,
+            guests_mib=sum(each.memory_mib for each in part.lab.guests_of(node)),
+            allow_reboot=node.allow_reboot,
+            allow_guest_shutdown=node.allow_guest_shutdown,
+        )
     if guest:
         vm.preflight(name="Check the token's rights and the node's resources")
 
     if node:
-        hypervisor.boot_configuration(name="Write modules, vfio ids and kernel command line", wanted=wanted)
+        hypervisor.boot_configuration(name="Write modules, binding script and kernel command line", wanted=wanted)
         hypervisor.refresh_boot(name="Refresh initramfs and boot loader", wanted=wanted)
         hypervisor.reboot(
             name="Reboot the node where its boot configuration needs it",
             wanted=wanted,
             allowed=node.allow_reboot,
             timeout_s=node.reboot_timeout_s,
+            allow_guest_shutdown=node.allow_guest_shutdown,
+            guest_shutdown_timeout_s=node.guest_shutdown_timeout_s,
         )
+        hypervisor.guests_back(name="Start the guests that the reboot stopped")
         hypervisor.ready(name="Check that vfio-pci holds the cards", wanted=wanted)
         mapping.mappings(
             name="Name the cards in the cluster's resource mappings",
-            devices={device.name: device.address for device in node.passthrough.devices},
+            devices={device.name: device.address or device.id for device in node.passthrough.devices},
         )
         files(
             name="Write cloud-init's vendor data",

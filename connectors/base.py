@@ -119,6 +119,17 @@ class LabConnector(SSHConnector):
                     ) from None
                 time.sleep(0.3)
 
+    def await_usable(self, deadline_s: float) -> None:
+        """Wait until the host answers SSH, unless it does so over the connection that is open.
+
+        Raises:
+            GpulabError: it does not within `deadline_s` seconds.
+        """
+        try:
+            self._usable()
+        except ConnectError:
+            self.reconnect(deadline_s)
+
     def run_shell_command(
         self, command: StringCommand, print_output: bool = False, print_input: bool = False, **arguments: Any
     ) -> tuple[bool, CommandOutput]:

@@ -31,6 +31,7 @@ nodes = [
             "ssh_hostname": address,
             "passthrough": {"devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14}]},
             "reboot_timeout_s": 120,
+            "allow_guest_shutdown": True,
         },
     )
     for name, address in _lab["nodes"].items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from inventory.cards import CARDS, RTX_A4000, Card
 from inventory.packages import DISTRIBUTIONS, Distribution
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 PciAddress = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}$")]
 PciId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][^@\s]*@sha256:[0-9a-f]{64}$")]
@@ -38,12 +39,14 @@ class PassthroughDevice(Model):
     """One GPU of the node that guests may be given, known to the cluster under `name` (its resource mapping)."""
 
     name: Name = "a4000"
-    #: Domain, bus and device; all functions of it are handed over together.
-    address: PciAddress
+    #: Domain, bus and device; all functions of it are handed over together. None: the node's only card of that `id`.
+    address: PciAddress | None = None
     #: Vendor and device id of function 0. The card table knows the ids of its other functions.
     id: PciId = RTX_A4000.functions[0]
     #: The group it must be in. None: any group that holds nothing but the device's own functions and bridges.
     iommu_group: int | None = None
+    #: The reset methods that the kernel must offer for function 0, in its order. None: whatever it offers.
+    reset_methods: list[Literal["device_specific", "acpi", "flr", "af_flr", "pm", "bus", "cxl_bus"]] | None = None
     #: Accept a group with other devices in it: they lose their host driver too.
     allow_shared_group: bool = False
     #: Accept the card that drives the node's boot screen: the node then has no console on it.
@@ -61,21 +64,57 @@ class PassthroughDevice(Model):
         return CARDS[self.id]
 
 
+class Hugepages(Model):
+    """Huge pages that the node's kernel sets aside at boot, for guests that use them."""
+
+    #: Pages of 1 GiB are reliably had at boot only.
+    size: Literal["2M", "1G"] = "1G"
+    count: int = Field(ge=1)
+
+    @property
+    def mib(self) -> int:
+        return self.count * (1024 if self.size == "1G" else 2)
+
+
 class Passthrough(Model):
-    """What the node hands to guests, and how the node boots for it."""
+    """What the node hands to guests, and how the node boots for it. docs/hypervisor.md says what each key changes."""
 
     devices: list[PassthroughDevice] = Field(min_length=1)
     #: `iommu=pt`: devices that stay with the host skip translation.
     iommu_pt: bool = True
-    #: Host drivers that must not touch the card.
-    blacklist: list[Name] = ["nouveau", "nvidia", "nvidiafb"]
+    #: Host memory in GiB that no guest may take. Passthrough pins a guest's whole memory from its start.
+    headroom_gib: float = Field(default=4, ge=0)
+    #: Host drivers never to be loaded for any device. Binding by address does without: it is for a host whose driver
+    #: makes trouble by its mere presence. A card that stays with the host loses its driver, too.
+    blacklist: list[ModuleName] = []
+    #: Pretend that the named ports isolate their devices. Groups become smaller, and the isolation that a group
+    #: stands for is gone: a guest may reach the other devices' memory.
+    pcie_acs_override: Literal["downstream", "multifunction", "downstream,multifunction"] | None = None
+    #: Start functions that the kernel leaves out. `sysfb_init`: no boot framebuffer, for a card whose memory it
+    #: would occupy (`BAR n: can't reserve`); the node then has no boot console on any screen.
+    initcall_blacklist: list[Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]] = []
+    #: Keep idle devices of vfio-pci out of the power state D3, for cards that do not come back from it.
+    disable_idle_d3: bool = False
+    #: Accept an IOMMU without interrupt remapping: a guest can then send interrupts to the host.
+    allow_unsafe_interrupts: bool = False
+    #: Memory set aside at boot. None: nothing, guests get ordinary pages.
+    hugepages: Hugepages | None = None
+    #: The kernel that the node boots (proxmox-boot-tool's pin), `6.14.8-2-pve`. None: the newest one, or the pin that
+    #: somebody else set.
+    kernel: Annotated[str, StringConstraints(pattern=r"^[0-9][A-Za-z0-9.+~_-]*$")] | None = None
 
     @model_validator(mode="after")
     def distinct(self) -> Passthrough:
-        for key in ("name", "address"):
-            values = [getattr(device, key) for device in self.devices]
-            if len(values) != len(set(values)):
-                raise ValueError(f"a different {key} for each device")
+        names = [device.name for device in self.devices]
+        if len(names) != len(set(names)):
+            raise ValueError("a different name for each device")
+        for device in self.devices:
+            alike = [other for other in self.devices if other.id == device.id]
+            if len(alike) > 1 and device.address is None:
+                raise ValueError(f"an `address` for each of the {len(alike)} devices with the id {device.id}")
+        addresses = [device.address for device in self.devices if device.address]
+        if len(addresses) != len(set(addresses)):
+            raise ValueError("a different address for each device")
         return self
 
 
@@ -127,6 +166,10 @@ class Node(SshHost):
     allow_reboot: bool = True
     #: Seconds a reboot may take until SSH answers again; servers with much memory need minutes.
     reboot_timeout_s: int = Field(default=600, ge=10)
+    #: May the reboot cut off running guests? They are shut down in PVE's order and started again afterwards.
+    allow_guest_shutdown: bool = False
+    #: Seconds that each of them gets for it. One that needs longer keeps the node from rebooting.
+    guest_shutdown_timeout_s: int = Field(default=180, ge=1, le=7200)
 
     @property
     def cluster_name(self) -> str:
@@ -320,6 +363,9 @@ class Lab(Model):
 
     def node_of(self, guest: Guest) -> Node:
         return self.nodes[guest.node]
+
+    def guests_of(self, node: Node) -> list[Guest]:
+        return [guest for guest in self.guests.values() if guest.node == node.name]
 
     def card_of(self, guest: Guest) -> Card | None:
         """The card that the guest is given, or None."""

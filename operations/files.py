@@ -38,15 +38,30 @@ for path in json.loads(sys.argv[1])["paths"]:
 print(json.dumps(found))
 """
 
-# The previous version is copied before the new one is renamed into place, so a killed run loses neither.
+#: For each file that was ever written: `before-N` is what write N found, `after-N` what it put there; `.absent` behind
+#: the name: no file. So `before-1` is the file as it was before gpulab; what a rollback puts back is no `after`.
+VERSIONS = "/var/lib/gpulab/versions"
+
+# Both versions are kept before the new one is renamed into place, so a run that is killed loses neither.
 _WRITE = """
 import base64, json, os, shutil, sys
+def keep(folder, name, path):
+    if not os.path.exists(path):
+        open(os.path.join(folder, name + ".absent"), "w").close()
+        return
+    shutil.copy2(path, os.path.join(folder, name))
+    status = os.stat(path)
+    os.chown(os.path.join(folder, name), status.st_uid, status.st_gid)
+argument = json.loads(sys.argv[1])
+root = argument["root"]
 for path, wanted in json.load(sys.stdin).items():
-    if os.path.exists(path):
-        kept = "/var/lib/gpulab/previous" + path
-        os.makedirs(os.path.dirname(kept), mode=0o700, exist_ok=True)
-        shutil.copy2(path, kept)
+    folder = root + "/var/lib/gpulab/versions" + path
+    path = root + path
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    number = 1 + sum(name.startswith("before-") for name in os.listdir(folder))
     if wanted is None:
+        keep(folder, f"before-{number}", path)
+        argument["ours"] and keep(folder, f"after-{number}", "")
         os.path.exists(path) and os.unlink(path)
         continue
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -54,6 +69,8 @@ for path, wanted in json.load(sys.stdin).items():
         file.write(base64.b64decode(wanted["content"]))
         os.fchmod(file.fileno(), wanted["mode"])
         os.fsync(file.fileno())
+    keep(folder, f"before-{number}", path)
+    argument["ours"] and keep(folder, f"after-{number}", path + ".gpulab-new")
     os.rename(path + ".gpulab-new", path)
 """
 
@@ -86,8 +103,18 @@ def render(template: str, **values: Any) -> str:
 
 def content_of(found: Mapping[str, Any], path: str) -> str | None:
     """The text of a file in a `Files` fact, None when it is absent (or the host is)."""
-    entry = found.get(path)
-    return None if entry is None else base64.b64decode(entry["content"]).decode(errors="replace")
+    return text_of(found.get(path))
+
+
+def text_of(entry: Mapping[str, Any] | None) -> str | None:
+    """The text of one file of a fact, None when it is absent."""
+    return None if entry is None else base64.b64decode(entry["content"]).decode(errors="surrogateescape")
+
+
+def kept_file(entry: Mapping[str, Any] | None) -> File | None:
+    """A kept version as a file to write, None: the file was absent."""
+    text = text_of(entry)
+    return None if entry is None or text is None else File(text, entry["mode"])
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, File | None]) -> dict[str, File | None]:
@@ -113,13 +140,18 @@ def record(found: Mapping[str, Any], changing: Mapping[str, File | None]) -> Non
         step.changes(f"file {path}" if file is not None else f"remove file {path}", lines)
 
 
-def write(changing: Mapping[str, File | None]) -> StringCommand:
-    """One command that writes (or removes) all the files. Contents travel over stdin, never in the argument list."""
+def write(changing: Mapping[str, File | None], ours: bool = True) -> StringCommand:
+    """One command that writes (or removes) all the files. Contents travel over stdin, never in the argument list.
+
+    `ours`: the contents are gpulab's; a rollback puts back what is not.
+    """
     payload = {
-        path: None if file is None else {"content": base64.b64encode(file.content.encode()).decode(), "mode": file.mode}
+        path: None
+        if file is None
+        else {"content": base64.b64encode(file.content.encode(errors="surrogateescape")).decode(), "mode": file.mode}
         for path, file in changing.items()
     }
-    return python(_WRITE, {}, _stdin=json.dumps(payload))
+    return python(_WRITE, {"root": "", "ours": ours}, _stdin=json.dumps(payload))
 
 
 @step.step

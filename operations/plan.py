@@ -86,7 +86,9 @@ def file_diff(current: str | None, wanted: str | None) -> tuple[str, ...]:
     after = [] if wanted is None else wanted.splitlines()
     # The first two lines name the files. Told by their place: a removed `-- x` looks like one of them.
     changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-    return tuple(line for line in changes if not line.startswith("@@"))
+    # A file may hold bytes that are no text; they travel as they are and are shown as what they are not.
+    shown = (line.encode(errors="surrogateescape").decode(errors="replace") for line in changes)
+    return tuple(line for line in shown if not line.startswith("@@"))
 
 
 def key_diff(current: dict[str, str | None], wanted: dict[str, str | None]) -> tuple[str, ...]:

@@ -220,6 +220,7 @@ def node_spec(lab: Lab, entry: LabNode, hardware: Path = node.MACHINE) -> HostSp
         lower=image.root(),
         upper=upper,
         files=files,
+        binds=_service("pve").node_binds(entry.name),
     )
 
 

@@ -289,6 +289,12 @@ def seen(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return say
 
 
+@pytest.fixture
+def pci_tree(pytestconfig: pytest.Config, node: Node) -> Callable[[], Observation]:
+    """Reads the node's PCI tree, for a check of its guest that cannot do without."""
+    return lambda: pytestconfig.stash[OBSERVATIONS].get(node.name, "hypervisor")
+
+
 def observation(subject: str) -> Callable[..., Observation]:
     """The fixture of a subject: what was read of the host, once a session."""
 

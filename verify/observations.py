@@ -52,7 +52,10 @@ class Observations:
                 self._pool.submit(self._work, keys)
 
     def get(self, host: str, subject: str) -> Observation:
-        """The observation; a subject that could not be read makes the asking check `not run`."""
+        """The observation, read now unless it was begun; one that could not be read makes the check `not run`."""
+        if (host, subject) not in self._futures:
+            self._futures[host, subject] = Future()
+            self._work([(host, subject)])
         try:
             return self._futures[host, subject].result()
         except Unreachable:

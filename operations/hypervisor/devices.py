@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inventory import GpulabError, Node
 from operations.hypervisor.facts import NodeState, PciFunction
@@ -15,12 +15,17 @@ _BRIDGES = ("0600", "0604")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as declared. `address`: domain:bus:device; `functions`: the PCI ids of function 0 and up."""
+    """A GPU as declared.
+
+    `address`: domain:bus:device, empty for the node's only card of that id. `functions`: the PCI ids of function 0
+    and up.
+    """
 
     name: str
     address: str
     functions: tuple[str, ...]
     iommu_group: int | None = None
+    reset_methods: tuple[str, ...] | None = None
     allow_shared_group: bool = False
     allow_boot_vga: bool = False
 
@@ -30,16 +35,26 @@ class Device:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the inventory says of a node's boot: its devices, the drivers kept from them, `iommu=pt` or not."""
+    """What the inventory says of a node's boot. Each key as in `inventory.schema.Passthrough`.
+
+    `hugepages`: size (`2M`, `1G`) and number. `kernel`: the one to boot.
+    """
 
     devices: list[Device]
-    blacklist: list[str] = field(default_factory=list)
     iommu_pt: bool = True
+    headroom_mib: int = 0
+    blacklist: list[str] = field(default_factory=list)
+    pcie_acs_override: str | None = None
+    initcall_blacklist: list[str] = field(default_factory=list)
+    disable_idle_d3: bool = False
+    allow_unsafe_interrupts: bool = False
+    hugepages: tuple[str, int] | None = None
+    kernel: str | None = None
 
     @property
-    def ids(self) -> list[str]:
-        """The PCI ids of all functions, each once."""
-        return list(dict.fromkeys(id for device in self.devices for id in device.functions))
+    def hugepages_mib(self) -> int:
+        size, count = self.hugepages or ("2M", 0)
+        return count * {"2M": 2, "1G": 1024}[size]
 
 
 def wanted(node: Node) -> Wanted:
@@ -49,16 +64,53 @@ def wanted(node: Node) -> Wanted:
         devices=[
             Device(
                 name=device.name,
-                address=device.address,
+                address=device.address or "",
                 functions=device.card.functions,
                 iommu_group=device.iommu_group,
+                reset_methods=None if device.reset_methods is None else tuple(device.reset_methods),
                 allow_shared_group=device.allow_shared_group,
                 allow_boot_vga=device.allow_boot_vga,
             )
             for device in declared.devices
         ],
-        blacklist=list(declared.blacklist),
         iommu_pt=declared.iommu_pt,
+        headroom_mib=round(declared.headroom_gib * 1024),
+        blacklist=list(declared.blacklist),
+        pcie_acs_override=declared.pcie_acs_override,
+        initcall_blacklist=list(declared.initcall_blacklist),
+        disable_idle_d3=declared.disable_idle_d3,
+        allow_unsafe_interrupts=declared.allow_unsafe_interrupts,
+        hugepages=(declared.hugepages.size, declared.hugepages.count) if declared.hugepages else None,
+        kernel=declared.kernel,
+    )
+
+
+def located(host: str, state: NodeState, wanted: Wanted) -> Wanted:
+    """`wanted` with the address of every device that is declared by its id alone.
+
+    Raises:
+        GpulabError: the node has no card of that id, or several.
+    """
+    return replace(wanted, devices=[_located(host, state, device) for device in wanted.devices])
+
+
+def _located(host: str, state: NodeState, device: Device) -> Device:
+    if device.address:
+        return device
+    card = device.functions[0]
+    slots = [function.slot for function in state.pci if function.id == card]
+    if len(slots) == 1:
+        return replace(device, address=slots[0])
+    if not slots:
+        raise GpulabError(
+            f"{host}: no PCI device {card} ({device.name})",
+            f"NVIDIA devices of the node: {_nvidia(state)}.",
+            "correct its `id` in the inventory, or see whether the card is seated and powered",
+        )
+    raise GpulabError(
+        f"{host}: {len(slots)} PCI devices {card}: {', '.join(slots)}",
+        f"Expected one, since {device.name} has no `address`.",
+        f"declare the `address` of {device.name}; a card that is not declared stays with the host",
     )
 
 
@@ -75,19 +127,16 @@ def refuse(problems: list[GpulabError], host: str) -> None:
 
 def identity_problems(host: str, state: NodeState, wanted: Wanted) -> list[GpulabError]:
     """Is each declared device there, the declared card, and nobody's boot screen?"""
-    problems = [problem for device in wanted.devices for problem in _identity(host, state, device)]
-    # Beside a wrong address, the card itself would look like its own twin.
-    return problems or _twins(host, state, wanted)
+    return [problem for device in wanted.devices for problem in _identity(host, state, device)]
 
 
 def _identity(host: str, state: NodeState, device: Device) -> list[GpulabError]:
     found = state.functions_of(device.address)
     if not found:
-        nvidia = [str(function) for function in state.pci if function.id.startswith("10de:")]
         return [
             GpulabError(
                 f"{host}: no PCI device {device}",
-                f"NVIDIA devices of the node: {', '.join(nvidia) or 'none'}.",
+                f"NVIDIA devices of the node: {_nvidia(state)}.",
                 "correct its `address` in the inventory (domain:bus:device); "
                 "addresses shift when cards are added or moved",
             )
@@ -122,23 +171,8 @@ def _identity(host: str, state: NodeState, device: Device) -> list[GpulabError]:
     return problems
 
 
-def _twins(host: str, state: NodeState, wanted: Wanted) -> list[GpulabError]:
-    """vfio-pci is given ids, not addresses: an undeclared card of the same id would be taken from the host too."""
-    slots = [device.address for device in wanted.devices]
-    cards = {device.functions[0] for device in wanted.devices}
-    twins = [
-        function
-        for function in state.pci
-        if function.id in cards and function.slot not in slots and function.driver != VFIO
-    ]
-    return [
-        GpulabError(
-            f"{host}: {twin.address} has the id {twin.id} of a declared device and would be bound to vfio-pci with it",
-            f"Expected no other card of that id in use by the node, found {twin}.",
-            f"declare {twin.slot} in `passthrough.devices` too; no guest has to be given it",
-        )
-        for twin in twins
-    ]
+def _nvidia(state: NodeState) -> str:
+    return _list([function for function in state.pci if function.id.startswith("10de:")]) or "none"
 
 
 def group_problems(host: str, state: NodeState, wanted: Wanted) -> list[GpulabError]:
@@ -193,6 +227,21 @@ def unbound(state: NodeState, wanted: Wanted) -> list[PciFunction]:
         for device in wanted.devices
         for function in state.functions_of(device.address)
         if function.driver != VFIO
+    ]
+
+
+def reset_problems(host: str, state: NodeState, wanted: Wanted) -> list[GpulabError]:
+    """Does the kernel offer the declared reset methods?"""
+    return [
+        GpulabError(
+            f"{host}: {device} can be reset by {' '.join(found.reset_methods) or 'no method'}",
+            f"Expected {' '.join(device.reset_methods)}.",
+            f"a kernel update may change them: correct `reset_methods` of {device.name}, or leave it out",
+        )
+        for device in wanted.devices
+        if device.reset_methods is not None
+        for found in state.functions_of(device.address)[:1]
+        if found.reset_methods != device.reset_methods
     ]
 
 

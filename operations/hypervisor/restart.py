@@ -1,48 +1,81 @@
 # SPDX-License-Identifier: MIT
-"""The node's reboot: only when the running kernel is not what was configured, and only when a reboot changes that."""
+"""The node's reboot: only when what runs is not what was configured, only when that helps, once, and without guests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pyinfra import context, host
+from pyinfra.api import StringCommand
 
 from inventory import GpulabError
-from operations import files, step
-from operations.hypervisor import boot, facts
-from operations.hypervisor.boot import PASSTHROUGH_MODE, Loader, Pending
-from operations.hypervisor.devices import Wanted, unbound
-from operations.hypervisor.facts import GRUB_SNIPPET, NodeState
+from operations import step
+from operations.facts import python
+from operations.hypervisor import boot, edit, facts, goal
+from operations.hypervisor.boot import Pending
+from operations.hypervisor.devices import VFIO, Wanted
+from operations.hypervisor.facts import GRUB_SNIPPET, KERNEL_CMDLINE, SHUT_DOWN, NodeState
+from operations.hypervisor.goal import Goal, Loader
 from operations.reboot import reboot_and_wait
-
-#: The tag of our VMs (operations.proxmox.config.TAG).
-OWN_TAG = "gpulab"
+from operations.remote import program
 
 #: What to do about a node that does not come back.
 CONSOLE = (
-    "look at its console; changed files have their previous version under /var/lib/gpulab/previous. "
-    "If it only needs longer, raise `reboot_timeout_s`"
+    "look at its console (docs/hypervisor.md, 'A node that does not come back'): `gpulab_vfio=off` on the kernel's "
+    "command line boots it with its own drivers. If it only needs longer, raise `reboot_timeout_s`"
 )
 
 
-def differences(state: NodeState, wanted: Wanted, due: Pending) -> list[str]:
+def differences(state: NodeState, aim: Goal, due: Pending) -> list[str]:
     """What runs otherwise than configured; empty when nothing does."""
-    lacking = [word for word in boot.command_line_words(state, wanted) if word not in state.words]
-    lines = [f"{word} is not on the running command line" for word in lacking]
-    if not wanted.iommu_pt and PASSTHROUGH_MODE in state.words and not _stays(state, due):
-        lines.append(f"{PASSTHROUGH_MODE} is still on the running command line")
-    lines += [
-        f"{function.address} is bound to {function.driver or 'no driver'}, not to vfio-pci"
-        for function in unbound(state, wanted)
+    return [
+        *(f"{phrase} is not on the running command line" for phrase in missing_phrases(state, aim)),
+        *(f"{word} is still on the running command line" for word in _stale_words(state, aim, due)),
+        *_drivers(state, aim),
+        *_parameters(state, aim),
+        *([f"kernel {state.kernel} runs, not {aim.kernel}"] if aim.kernel not in (None, state.kernel) else []),
     ]
-    return lines
 
 
-def _stays(state: NodeState, due: Pending) -> bool:
-    """Would `iommu=pt` be on the command line of the next boot, though it is not ours any more?"""
+def missing_phrases(state: NodeState, aim: Goal) -> list[str]:
+    """The words of ours that the running kernel was booted without."""
+    return [phrase for phrase in aim.phrases if not edit.holds(state.words, phrase)]
+
+
+def _stale_words(state: NodeState, aim: Goal, due: Pending) -> list[str]:
+    """Words that gpulab once configured, that still run, and that the next boot will not have."""
+    coming = configured_words(state, aim, due)
+    return [word for word in goal.words_ever(state) if word in state.words and word not in coming]
+
+
+def configured_words(state: NodeState, aim: Goal, due: Pending) -> list[str]:
+    """The kernel command line of the next boot, what is still due included."""
+    declared = [word for phrase in aim.phrases for word in phrase.split()]
     if due.loader is Loader.SYSTEMD_BOOT:
-        return False
-    if due.entries:
-        return PASSTHROUGH_MODE not in (files.content_of(state.files, GRUB_SNIPPET) or "")
-    return PASSTHROUGH_MODE in (state.grub_cmdline or "").split()
+        file = aim.files.get(KERNEL_CMDLINE)
+        return edit.words_of(file.content) if file is not None else state.words
+    if state.grub_cmdline is not None and not due.entries:
+        return state.grub_cmdline.split()
+    # Where GRUB's configuration cannot be read, the next boot is this one with what is declared.
+    configured = (state.grub_cmdline or state.cmdline).split()
+    ever = set(goal.words_ever(state))
+    return [word for word in configured if word not in ever] + declared
+
+
+def _drivers(state: NodeState, aim: Goal) -> Iterator[str]:
+    given_before = goal.slots_ever(state)
+    for function in state.pci:
+        if function.slot in aim.slots and function.driver != VFIO:
+            yield f"{function.address} is bound to {function.driver or 'no driver'}, not to {VFIO}"
+        if function.slot not in aim.slots and function.slot in given_before and function.driver_override == VFIO:
+            yield f"{function.address} is still given to {VFIO}"
+
+
+def _parameters(state: NodeState, aim: Goal) -> Iterator[str]:
+    for parameter, value in aim.parameters.items():
+        found = state.parameters.get(parameter)
+        if found != value:
+            yield f"{parameter} is {found or 'not loaded'}, not {value}"
 
 
 def configured_since_boot(state: NodeState) -> bool:
@@ -52,37 +85,39 @@ def configured_since_boot(state: NodeState) -> bool:
     return max(made, default=0.0) > state.boot_time
 
 
-def needed(state: NodeState, wanted: Wanted, due: Pending) -> list[str]:
+def needed(state: NodeState, aim: Goal, due: Pending) -> list[str]:
     """Why the node has to be rebooted; empty when it has not, or when that would not help."""
-    return differences(state, wanted, due) if due or configured_since_boot(state) else []
+    return differences(state, aim, due) if due or configured_since_boot(state) else []
 
 
-def obstacle(name: str, state: NodeState, why: list[str], allowed: bool) -> GpulabError | None:
-    """What forbids the reboot of the node `name`."""
-    reason = "; ".join(why)
-    if not allowed:
-        return GpulabError(
-            f"{name} needs a reboot: {reason}; allow_reboot is false",
-            "",
-            "reboot it when it suits you and deploy again, or set `allow_reboot`; its guests wait until then",
-        )
-    others = [str(guest) for guest in state.guests if OWN_TAG not in guest.tags]
-    if others:
-        return GpulabError(
-            f"{name} needs a reboot: {reason}; it runs guests that are not gpulab's: {', '.join(others)}",
-            f"Expected only guests tagged {OWN_TAG} to be running.",
-            "shut them down or move them to another node, then deploy again",
-        )
-    return None
+def not_allowed(name: str, why: list[str]) -> GpulabError:
+    """What the run ends with when a reboot waits for its admin."""
+    return GpulabError(
+        f"{name} needs a reboot: {'; '.join(why)}; allow_reboot is false",
+        "",
+        "reboot it when it suits you and deploy again, or set `allow_reboot`; its guests wait until then",
+    )
 
 
-def unapplied(name: str, state: NodeState, wanted: Wanted, due: Pending) -> GpulabError | None:
+def guests_problem(name: str, state: NodeState, why: list[str], allow_guest_shutdown: bool) -> GpulabError | None:
+    """Would the reboot cut off guests that may not be?"""
+    running = [str(guest) for guest in state.running_guests]
+    if not running or allow_guest_shutdown:
+        return None
+    return GpulabError(
+        f"{name} needs a reboot: {'; '.join(why)}; it would cut off {', '.join(running)}",
+        "Expected no running guest.",
+        "shut them down or move them to another node, or set `allow_guest_shutdown`: they are then shut down in "
+        "PVE's order and started again",
+    )
+
+
+def unapplied(name: str, state: NodeState, aim: Goal, due: Pending) -> GpulabError | None:
     """Words of ours that update-grub left out: the new boot would be like this one."""
     # proxmox-boot-tool's grub.cfg lies on partitions that are not mounted.
-    if due.loader is not Loader.GRUB or state.boot_tool_managed or state.grub_cmdline is None:
+    if not due.loader.is_grub or state.boot_tool_managed or state.grub_cmdline is None:
         return None
-    configured = state.grub_cmdline.split()
-    lacking = [word for word in boot.command_line_words(state, wanted) if word not in configured]
+    lacking = [phrase for phrase in aim.phrases if not edit.holds(state.grub_cmdline.split(), phrase)]
     if not lacking:
         return None
     return GpulabError(
@@ -93,38 +128,73 @@ def unapplied(name: str, state: NodeState, wanted: Wanted, due: Pending) -> Gpul
 
 
 @step.step
-def reboot(wanted: Wanted, allowed: bool, timeout_s: int) -> step.Commands:
+def reboot(
+    wanted: Wanted | None,
+    allowed: bool,
+    timeout_s: int,
+    allow_guest_shutdown: bool = False,
+    guest_shutdown_timeout_s: int = 180,
+) -> step.Commands:
     """
     Reboot the node when what runs differs from what is configured, and wait until it is back.
 
-    + wanted: the node's devices and boot settings, see `hypervisor.wanted()`
+    + wanted: the node's devices and boot settings, see `hypervisor.wanted()`; None: as before gpulab
     + allowed: may it be rebooted?
     + timeout_s: seconds until SSH must answer again
+    + allow_guest_shutdown: may running guests be shut down for it? `guests_back` starts them again
+    + guest_shutdown_timeout_s: seconds that each guest gets for its shutdown
     """
     state = facts.read()
-    due = boot.pending(host.name, state, wanted)
-    why = needed(state, wanted, due)
+    name = host.name
+    aim = goal.of(name, state, wanted)
+    due = boot.pending(name, state, aim)
+    why = needed(state, aim, due)
     if not why:
         step.noop(
             "booted with this configuration already; another reboot would not change what differs"
-            if differences(state, wanted, due)
+            if differences(state, aim, due)
             else "it runs as configured"
         )
         return
-    error = obstacle(host.name, state, why, allowed)
+    planning = not context.state.is_executing
+    error = None if allowed else not_allowed(name, why)
+    error = error or guests_problem(name, state, why, allow_guest_shutdown)
     if not due:
-        error = error or unapplied(host.name, state, wanted, due)
-    elif context.state.is_executing:
-        error = GpulabError(f"{host.name}: its boot configuration is not in place", "Expected nothing left to write.")
+        error = error or unapplied(name, state, aim, due)
+    elif not planning:
+        error = GpulabError(f"{name}: its boot configuration is not in place", "Expected nothing left to write.")
     if error is None:
+        running = [guest.vmid for guest in state.running_guests]
         step.reboots("; ".join(why))
+        if running:
+            told = ", ".join(str(guest) for guest in state.running_guests)
+            step.changes(f"shut down for the reboot and start again: {told}")
+            yield _shut_down(running, guest_shutdown_timeout_s)
         yield step.call(reboot_and_wait, context.ctx_host.get(), state.boot_id, timeout_s, CONSOLE)
-    elif due and not context.state.is_executing:
+    elif due and planning:
         # The configuration is written first: whoever reboots the node by hand then finds it in force.
         step.waits(error.brief, tuple(str(error).splitlines()[1:]))
         yield step.call(_refuse, error)
     else:
         raise error
+
+
+@step.step
+def guests_back() -> step.Commands:
+    """Start the guests again that were shut down for a reboot, in PVE's order."""
+    waiting = facts.read().shut_down_guests
+    if not waiting:
+        step.noop("no guest was shut down for a reboot")
+        return
+    step.changes(f"start again: {', '.join(str(vmid) for vmid in waiting)}")
+    yield python(_GUESTS, {"root": "/", "note": SHUT_DOWN, "start": list(waiting)})
+
+
+_GUESTS = program(__file__, "guests")
+
+
+def _shut_down(guests: list[int], timeout_s: int) -> StringCommand:
+    return python(_GUESTS, {"root": "/", "note": SHUT_DOWN, "stop": guests, "timeout_s": timeout_s})
 
 
 def _refuse(error: GpulabError) -> None:

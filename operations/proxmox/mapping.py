@@ -52,30 +52,39 @@ def same(one: list[str], other: list[str]) -> bool:
 
 
 class PciDevices(JsonFact):
-    """Function 0 of each given device: `{address: {id, subsystem_id, iommu_group} | None}`, group -1 without IOMMU."""
+    """Function 0 of each given device: `{place: {path, id, subsystem_id, iommu_group} | None}`, group -1 without IOMMU.
+
+    A place is an address (domain:bus:device), or a PCI id that one device alone has.
+    """
 
     script = """
 import json, os, sys
+root = "/sys/bus/pci/devices/"
+def word(path, name):
+    with open(f"{root}{path}.0/{name}") as file:
+        return file.read().strip().removeprefix("0x")
+def id_of(path):
+    return word(path, "vendor") + ":" + word(path, "device")
+slots = [name[:-2] for name in sorted(os.listdir(root)) if name.endswith(".0")]
 found = {}
-for address in json.loads(sys.argv[1])["addresses"]:
-    folder = f"/sys/bus/pci/devices/{address}.0/"
-    def word(name):
-        with open(folder + name) as file:
-            return file.read().strip().removeprefix("0x")
-    if not os.path.isdir(folder):
-        found[address] = None
+for place in json.loads(sys.argv[1])["places"]:
+    paths = [path for path in slots if place in (path, id_of(path))]
+    if len(paths) != 1:
+        found[place] = None
         continue
-    group = os.path.basename(os.path.realpath(folder + "iommu_group")) if os.path.exists(folder + "iommu_group") else -1
-    found[address] = {
-        "id": word("vendor") + ":" + word("device"),
-        "subsystem_id": word("subsystem_vendor") + ":" + word("subsystem_device"),
-        "iommu_group": int(group),
+    path = paths[0]
+    group = f"{root}{path}.0/iommu_group"
+    found[place] = {
+        "path": path,
+        "id": id_of(path),
+        "subsystem_id": word(path, "subsystem_vendor") + ":" + word(path, "subsystem_device"),
+        "iommu_group": int(os.path.basename(os.path.realpath(group))) if os.path.exists(group) else -1,
     }
 print(json.dumps(found))
 """
 
-    def command(self, addresses: list[str]) -> StringCommand:
-        return super().command(addresses=addresses)
+    def command(self, places: list[str]) -> StringCommand:
+        return super().command(places=places)
 
 
 @step.step
@@ -83,19 +92,19 @@ def mappings(devices: Mapping[str, str]) -> step.Commands:
     """
     Ensure that each resource mapping names this node's device; entries of other nodes are kept.
 
-    + devices: mapping name to the device's address (domain:bus:device)
+    + devices: mapping name to the device's address (domain:bus:device), or to its PCI id where it is the only one
     """
     host: Host = context.ctx_host.get()
     node = inventory.of_run(context.ctx_state.get()).nodes[host.name]
     client = Client(node, host=host)
-    found = step.read(PciDevices, addresses=sorted(devices.values()))
+    found = step.read(PciDevices, places=sorted(devices.values()))
     correct = True
-    for name, address in devices.items():
-        if found[address] is None:
-            raise GpulabError(f"{node.name}: no PCI device {address}.0 for mapping {name}")
+    for name, place in devices.items():
+        if found[place] is None:
+            raise GpulabError(f"{node.name}: no PCI device {place} for mapping {name}, or several")
         current = read(client, name)
         entries = [] if current is None else list(current["map"])
-        wanted = Device(address, **found[address]).entry(node.name)
+        wanted = Device(**found[place]).entry(node.name)
         if same(entries, with_node(entries, node.name, wanted)):
             continue
         correct = False

@@ -19,7 +19,7 @@ from inventory import GpulabError, Guest, Node
 from operations import step
 from operations.facts import JsonFact
 from operations.plan import key_diff
-from operations.proxmox import access, config, host_keys
+from operations.proxmox import access, config, host_keys, mapping
 from operations.proxmox.client import ApiError, Client
 from operations.proxmox.config import is_ours
 
@@ -140,20 +140,29 @@ def _check_ownership(guest: Guest, node: Node, found: VmState) -> None:
 
 def _check_memory(client: Client, guest: Guest, node: Node) -> None:
     memory = client.get("nodes", node.name, "status")["memory"]
-    free = (int(memory["total"]) - int(memory["used"])) // 2**20
+    headroom = round(node.passthrough.headroom_gib * 1024)
+    others = sum(
+        int(other.get("maxmem", 0))
+        for other in client.get("nodes", node.name, "qemu")
+        if int(other["vmid"]) != guest.vmid and other.get("status") == "running"
+    )
+    unused = (int(memory["total"]) - int(memory["used"])) // 2**20
+    free = min(unused, (int(memory["total"]) - others) // 2**20 - headroom)
     if free < guest.memory_mib:
         raise GpulabError(
-            f"{guest.name}: memory_mib = {guest.memory_mib}: {node.name} has {free} MiB free",
+            f"{guest.name}: memory_mib = {guest.memory_mib}: {node.name} has {free} MiB for it",
+            f"{unused} MiB are unused; running VMs may take {others // 2**20} MiB, the host keeps {headroom} MiB. "
             "Passthrough pins all of a guest's memory from its start.",
+            "lower `memory_mib` or the node's `headroom_gib`, or stop another VM",
         )
 
 
 def _check_gpu_free(client: Client, guest: Guest, node: Node) -> None:
+    address = node.device(str(guest.gpu)).address or _mapped_address(client, str(guest.gpu), node)
     for other in client.get("nodes", node.name, "qemu"):
         if int(other["vmid"]) == guest.vmid or other.get("status") != "running":
             continue
         keys = client.get("nodes", node.name, "qemu", other["vmid"], "config")
-        address = node.device(str(guest.gpu)).address
         for key, value in keys.items():
             if key.startswith("hostpci") and _uses(str(value), str(guest.gpu), address):
                 raise GpulabError(
@@ -163,10 +172,18 @@ def _check_gpu_free(client: Client, guest: Guest, node: Node) -> None:
                 )
 
 
-def _uses(value: str, mapping: str, address: str) -> bool:
+def _mapped_address(client: Client, name: str, node: Node) -> str | None:
+    """Where the mapping leads to on the node, or None before it has been made."""
+    found = mapping.read(client, name)
+    entries = [dict(part.split("=", 1) for part in entry.split(",")) for entry in (found or {"map": []})["map"]]
+    return next((entry["path"] for entry in entries if entry.get("node") == node.name), None)
+
+
+def _uses(value: str, mapping: str, address: str | None) -> bool:
     words = value.split(",")
     return f"mapping={mapping}" in words or any(
-        word.removeprefix("host=").startswith((address, address.removeprefix("0000:"))) for word in words
+        address is not None and word.removeprefix("host=").startswith((address, address.removeprefix("0000:")))
+        for word in words
     )
 
 
@@ -292,6 +309,9 @@ def started() -> step.Commands:
         if getattr(host.connector, "assumed", False):
             yield step.call(_first_contact, host, client, guest, True)
             return
+        if context.state.is_executing and found.uptime_s < guest.boot_timeout_s:
+            # It may have been started again since its facts were read: its node was rebooted in this run.
+            host.connector.await_usable(guest.boot_timeout_s - found.uptime_s)
         if not step.read(CloudInit)["finished"]:
             step.changes(f"wait for cloud-init of {guest.name}")
             yield step.call(_first_contact, host, client, guest, True)

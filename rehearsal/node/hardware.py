@@ -1,33 +1,30 @@
-#!/usr/bin/python3
 # SPDX-License-Identifier: MIT
 """What a node's kernel would show after its boot (simulated): command line, PCI tree, drivers, IOMMU groups, modules.
 
-Runs inside the node at boot, from a copy in /usr/lib/gpulab-lab, so it needs nothing but the standard library. What it
-decides comes from the booted files alone, as on a real machine: the `linux` line of grub.cfg (only update-grub writes
-it) and the module configuration inside the initramfs (only update-initramfs does). An edited file that was not brought
-into these changes nothing, however often the node reboots.
+Runs inside the node at boot, so it needs nothing but the standard library. What it decides comes from the booted files
+alone, as on a real machine: the default entry of grub.cfg (only update-grub writes it) and the module configuration
+and scripts inside the initramfs (only update-initramfs does). An edited file that was not brought into these changes
+nothing, however often the node reboots.
 
-`boot()` is pure; `lay_out()` writes its result below a folder; `main()` shows that to the node by bind mounts.
+`boot()` is pure; `lay_out()` writes its result below a folder; `read_boot()` boots a node's file system, for which it
+runs the scripts of its initramfs (`initramfs.py`).
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from rehearsal.node import grub, initramfs
+
 HARDWARE = "/etc/gpulab-lab.d/hardware.json"
-#: What was laid out at this boot; the control machine reads it too.
-LAID_OUT = "/var/lib/lab-hardware"
 #: Modules that load others first (modules.dep), for those that matter here.
 DEPENDS = {
     "vfio_pci": ["vfio_pci_core", "vfio_iommu_type1"],
@@ -38,12 +35,15 @@ DEPENDS = {
 }
 #: Drivers that are part of the kernel: always there, and never in /proc/modules.
 BUILT_IN = {"pcieport"}
-#: Misc device 196 is /dev/vfio/vfio (devices.txt). The groups' major is dynamic on a real machine; this one is of the
-#: range for local and experimental use, where no driver of the control machine answers.
-VFIO_CONTAINER = (10, 196)
-VFIO_GROUP_MAJOR = 120
+#: Parameters that sysfs shows of a loaded module, with the kernel's own values.
+PARAMETERS = {
+    "vfio_pci": {"disable_idle_d3": "N", "disable_vga": "N", "nointxmask": "N"},
+    "vfio_iommu_type1": {"allow_unsafe_interrupts": "N", "disable_hugepages": "N"},
+}
 #: From this release on the kernel switches Intel's IOMMU on by itself.
 INTEL_DEFAULT_ON = (6, 8)
+#: Sizes of huge pages in KiB, as the command line names them.
+PAGE_SIZES = {"2M": 2048, "1G": 1048576}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,18 @@ class Device:
     boot_vga: bool = False
     #: The bus behind a bridge, two hex digits.
     secondary_bus: str | None = None
+    #: Sizes in bytes of the base address registers that are there.
+    bars: tuple[int, ...] = ()
+    #: In the order in which the kernel would use them; none: the device cannot be reset.
+    reset_methods: tuple[str, ...] = ()
+    #: Speed and width of the PCIe link, (`16.0 GT/s PCIe`, 16), as it is and as it could be.
+    link: tuple[str, int] | None = None
+    max_link: tuple[str, int] | None = None
+
+    @property
+    def slot(self) -> str:
+        """Domain, bus and device, which all functions of a device share."""
+        return self.address.rpartition(".")[0]
 
     @property
     def is_bridge(self) -> bool:
@@ -73,11 +85,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is screwed into the node. `iommu`: intel, amd, or absent (off in the firmware)."""
+    """What is screwed into the node, and the kernels that are installed on it.
+
+    `kernel`: the one that is booted. `iommu`: intel, amd, or absent (off in the firmware). `cpu`: intel or amd.
+    `memory_mib`: None for that of the machine that the node really runs on.
+    """
 
     kernel: str
     iommu: str
     devices: tuple[Device, ...]
+    kernels: tuple[str, ...] = ()
+    cpu: str = "intel"
+    memory_mib: int | None = None
+
+    @property
+    def firmware_tables(self) -> list[str]:
+        """The ACPI tables with which the firmware hands an IOMMU to the kernel."""
+        return {"intel": ["DMAR"], "amd": ["IVRS"]}.get(self.iommu, [])
 
 
 @dataclass
@@ -94,9 +118,24 @@ class ModuleConfig:
     late: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class InitTop:
+    """What the scripts of the initramfs have done before udev starts there.
+
+    `overrides`: PCI address to what its driver_override says. `messages`: the lines of the kernel's log. `options`:
+    those that a script gave to modprobe itself.
+    """
+
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    drivers: Mapping[str, str] = field(default_factory=dict)
+    modules: Sequence[str] = ()
+    messages: Sequence[str] = ()
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 @dataclass
 class Booted:
-    """The outcome of a boot."""
+    """The outcome of a boot. `machine`: with the IOMMU groups that this command line makes of it."""
 
     machine: Machine
     cmdline: str
@@ -109,6 +148,9 @@ class Booted:
     #: `identity` (pass-through for the host's own devices) or `DMA-FQ`.
     domain: str
     options: dict[str, list[str]]
+    overrides: dict[str, str] = field(default_factory=dict)
+    #: Lines of the kernel's log.
+    messages: list[str] = field(default_factory=list)
 
     @property
     def vfio_groups(self) -> list[int]:
@@ -124,7 +166,15 @@ def read_machine(text: str) -> Machine:
         KeyError, ValueError: it is not of that form.
     """
     described = json.loads(text)
-    return Machine(described["kernel"], described["iommu"], tuple(_device(entry) for entry in described["devices"]))
+    kernel, iommu = described["kernel"], described["iommu"]
+    return Machine(
+        kernel=kernel,
+        iommu=iommu,
+        devices=tuple(_device(entry) for entry in described["devices"]),
+        kernels=tuple(described.get("kernels", [kernel])),
+        cpu=described.get("cpu", "amd" if iommu == "amd" else "intel"),
+        memory_mib=described.get("memory_mib"),
+    )
 
 
 def _device(entry: Mapping[str, Any]) -> Device:
@@ -141,63 +191,15 @@ def _device(entry: Mapping[str, Any]) -> Device:
         drivers=tuple(entry.get("drivers", ())),
         boot_vga=entry.get("boot_vga", False),
         secondary_bus=entry.get("secondary_bus"),
+        bars=tuple(entry.get("bars", ())),
+        reset_methods=tuple(entry.get("reset_methods", ())),
+        link=_link(entry.get("link")),
+        max_link=_link(entry.get("max_link", entry.get("link"))),
     )
 
 
-def kernel_command_line(grub_cfg: str) -> str:
-    """What /proc/cmdline says when GRUB boots the first entry of this file.
-
-    Raises:
-        ValueError: no entry boots a kernel.
-    """
-    for line in grub_cfg.splitlines():
-        words = line.split()
-        if words and words[0] == "linux":
-            return " ".join([f"BOOT_IMAGE={words[1]}", *words[2:]])
-    raise ValueError("grub.cfg has no `linux` line")
-
-
-def unpack_initrd(data: bytes) -> dict[str, str]:
-    """Path to text of the files in a gzipped cpio archive of format newc."""
-    archive = gzip.decompress(data)
-    files: dict[str, str] = {}
-    position = 0
-    while archive[position : position + 6] == b"070701":
-        numbers = [int(archive[position + start : position + start + 8], 16) for start in range(6, 110, 8)]
-        mode, size, name_size = numbers[1], numbers[6], numbers[11]
-        name = archive[position + 110 : position + 110 + name_size - 1].decode()
-        start = _padded(position + 110 + name_size)
-        if name == "TRAILER!!!":
-            break
-        if mode & 0o170000 == 0o100000:
-            files[name.removeprefix("./")] = archive[start : start + size].decode(errors="replace")
-        position = _padded(start + size)
-    return files
-
-
-def pack_initrd(files: Mapping[str, str]) -> bytes:
-    """A gzipped cpio archive of format newc with these files (path to text) and the folders that they lie in."""
-    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents if str(parent) != "."}
-    archive = bytearray()
-    for number, path in enumerate([*sorted(folders | set(files)), "TRAILER!!!"], start=1):
-        data = files.get(path, "").encode()
-        mode = 0o040755 if path in folders else 0o100644 if path in files else 0
-        # Inode, mode, owner, group, links, time, size, device and its node's numbers, length of the name, checksum.
-        numbers = [number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path.encode()) + 1, 0]
-        archive += b"070701" + "".join(f"{value:08X}" for value in numbers).encode() + path.encode() + b"\0"
-        archive += bytes(_padded(len(archive)) - len(archive)) + data
-        archive += bytes(_padded(len(archive)) - len(archive))
-    return gzip.compress(bytes(archive), compresslevel=1, mtime=0)
-
-
-def pack(folder: Path, target: Path) -> None:
-    """Write the archive of a folder, for update-initramfs."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    target.write_bytes(pack_initrd({str(path.relative_to(folder)): path.read_text() for path in paths}))
-
-
-def _padded(position: int) -> int:
-    return (position + 3) // 4 * 4
+def _link(described: Sequence[Any] | None) -> tuple[str, int] | None:
+    return (described[0], described[1]) if described else None
 
 
 def module_config(files: Mapping[str, str], cmdline: str) -> ModuleConfig:
@@ -267,13 +269,13 @@ def _kernel_name(name: str) -> str:
     return name.replace("-", "_")
 
 
-def boot(machine: Machine, cmdline: str, config: ModuleConfig) -> Booted:
-    """Boot: load what the initramfs lists, probe the devices in order, then load what the real root lists."""
-    running = _Kernel(machine, config, iommu_in_use(machine, cmdline))
-    for device in machine.devices:
-        for driver in device.drivers:
-            if driver in BUILT_IN:
-                running.drivers.setdefault(device.address, driver)
+def boot(machine: Machine, cmdline: str, config: ModuleConfig, init_top: InitTop | None = None) -> Booted:
+    """Boot: go on from what the initramfs did first, load what it lists, probe the devices in order, then load what the
+    real root lists.
+    """
+    running = Kernel(machine, cmdline, config)
+    if init_top is not None:
+        running.go_on_from(init_top)
     for name in config.early:
         running.load(name)
     for device in machine.devices:
@@ -283,15 +285,7 @@ def boot(machine: Machine, cmdline: str, config: ModuleConfig) -> Booted:
                 running.load(driver)
     for name in config.late:
         running.load(name)
-    return Booted(
-        machine=machine,
-        cmdline=cmdline,
-        modules=running.modules,
-        drivers=running.drivers,
-        iommu=running.iommu,
-        domain=domain_type(cmdline),
-        options=config.options,
-    )
+    return running.booted(init_top.messages if init_top is not None else [])
 
 
 def iommu_in_use(machine: Machine, cmdline: str) -> bool:
@@ -315,46 +309,132 @@ def domain_type(cmdline: str) -> str:
     return "identity" if "iommu=pt" in words or "iommu.passthrough=1" in words else "DMA-FQ"
 
 
-class _Kernel:
-    """Loads modules as modprobe does; a loaded driver takes every device that it matches and that has no driver."""
+def iommu_groups(machine: Machine, cmdline: str) -> Machine:
+    """The machine with the groups that pcie_acs_override makes of those of its hardware.
 
-    def __init__(self, machine: Machine, config: ModuleConfig, iommu: bool) -> None:
-        self.machine = machine
+    Simplified from the patch that PVE's kernels carry: with `downstream` or `multifunction`, whichever, each device
+    (all functions of a slot) gets a group of its own, also where the two would differ; `id:…` does nothing.
+    """
+    settings = [word.partition("=")[2] for word in cmdline.split() if word.startswith("pcie_acs_override=")]
+    if not {"downstream", "multifunction"} & {part for setting in settings for part in setting.split(",")}:
+        return machine
+    groups: dict[str, int] = {}
+    following = max((device.group for device in machine.devices), default=0) + 1
+    for device in machine.devices:
+        if device.slot not in groups:
+            free = device.group not in groups.values()
+            groups[device.slot] = device.group if free else following
+            following += not free
+    split = tuple(replace(device, group=groups[device.slot]) for device in machine.devices)
+    return replace(machine, devices=split)
+
+
+def huge_pages(machine: Machine, cmdline: str) -> dict[int, int]:
+    """Size of a huge page in KiB to the number of pages that the kernel set aside; no more than the memory holds."""
+    size = PAGE_SIZES["2M"]
+    pages = dict.fromkeys(PAGE_SIZES.values(), 0)
+    for word in cmdline.split():
+        key, _, value = word.partition("=")
+        if key in ("default_hugepagesz", "hugepagesz"):
+            size = PAGE_SIZES.get(value, 0)
+        elif key == "hugepages" and value.isdigit() and size:
+            fitting = int(value) if machine.memory_mib is None else machine.memory_mib * 1024 // size
+            pages[size] = min(int(value), fitting)
+            # Each `hugepagesz` is for one `hugepages`; the kernel warns of a second one and ignores it.
+            size = 0
+    return pages
+
+
+class Kernel:
+    """Loads modules as modprobe does; a loaded driver takes every device that it matches and that has no driver.
+
+    `available`: the modules that can be loaded (in an initramfs); None: all.
+    """
+
+    def __init__(
+        self, machine: Machine, cmdline: str, config: ModuleConfig, available: Collection[str] | None = None
+    ) -> None:
+        self.machine = iommu_groups(machine, cmdline)
+        self.cmdline = cmdline
         self.config = config
-        self.iommu = iommu
+        self.options = {name: list(given) for name, given in config.options.items()}
+        self.iommu = iommu_in_use(machine, cmdline)
         self.modules: list[str] = []
         self.drivers: dict[str, str] = {}
+        #: PCI address to what driver_override says; a device that is not in it has none.
+        self.overrides: dict[str, str] = {}
+        self._available = available
         self._loading: set[str] = set()
+        for device in machine.devices:
+            for driver in device.drivers:
+                if driver in BUILT_IN:
+                    self.drivers.setdefault(device.address, driver)
 
-    def load(self, name: str) -> None:
+    def go_on_from(self, init_top: InitTop) -> None:
+        self.modules = list(init_top.modules)
+        self.drivers |= init_top.drivers
+        self.overrides = dict(init_top.overrides)
+        self.options |= {name: list(given) for name, given in init_top.options.items()}
+
+    def booted(self, messages: Iterable[str] = ()) -> Booted:
+        """What stands at this moment."""
+        return Booted(
+            machine=self.machine,
+            cmdline=self.cmdline,
+            modules=self.modules,
+            drivers=self.drivers,
+            iommu=self.iommu,
+            domain=domain_type(self.cmdline),
+            options=self.options,
+            overrides=self.overrides,
+            messages=list(messages),
+        )
+
+    def load(self, name: str) -> bool:
+        """Is the module loaded now?"""
         if name in self.modules or name in self._loading:
-            return
+            return True
         if re.match(r"(/usr)?/bin/(true|false)\b", self.config.installs.get(name, "")):
-            return
+            return False
+        if self._available is not None and name not in self._available:
+            return False
         self._loading.add(name)
         before, after = self.config.softdeps.get(name, ([], []))
         for other in [*DEPENDS.get(name, []), *before]:
             self.load(other)
         self.modules.append(name)
-        self._probe(name)
+        for device in self.machine.devices:
+            self._offer(device, name)
         for other in after:
             self.load(other)
+        return True
 
-    def _probe(self, name: str) -> None:
-        for device in self.machine.devices:
-            if device.address in self.drivers:
-                continue
-            if name == "vfio_pci":
-                # vfio-pci refuses a device that no IOMMU isolates.
-                if self.iommu and self._vfio_wants(device):
-                    self.drivers[device.address] = "vfio-pci"
-            elif name in device.drivers:
-                self.drivers[device.address] = name
+    def probe(self, address: str) -> None:
+        """Offer a device to every loaded driver, as a write to drivers_probe does.
+
+        Raises:
+            KeyError: there is no such device.
+        """
+        device = {device.address: device for device in self.machine.devices}[address]
+        for name in self.modules:
+            self._offer(device, name)
+
+    def _offer(self, device: Device, name: str) -> None:
+        if device.address not in self.drivers and self._takes(device, name):
+            self.drivers[device.address] = driver_of(name)
+
+    def _takes(self, device: Device, name: str) -> bool:
+        if name == "vfio_pci" and not self.iommu:
+            # vfio-pci refuses a device that no IOMMU isolates.
+            return False
+        if override := self.overrides.get(device.address):
+            return override == driver_of(name)
+        return self._vfio_wants(device) if name == "vfio_pci" else name in device.drivers
 
     def _vfio_wants(self, device: Device) -> bool:
         """Does an entry of the option `ids` (vendor:device[:subvendor[:subdevice[:class[:mask]]]]) match?"""
         own = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
-        for option in self.config.options.get("vfio_pci", []):
+        for option in self.options.get("vfio_pci", []):
             key, _, value = option.partition("=")
             if key != "ids":
                 continue
@@ -369,34 +449,93 @@ class _Kernel:
         return False
 
 
+def driver_of(module: str) -> str:
+    """The name under /sys/bus/pci/drivers of the driver that a module brings."""
+    return "vfio-pci" if module == "vfio_pci" else module
+
+
 def lay_out(folder: Path, booted: Booted) -> None:
     """Write `proc/` and `sys/` below `folder` as the kernel would show them; links lead where they lead there."""
     for name in ("proc", "sys"):
         shutil.rmtree(folder / name, ignore_errors=True)
     proc, sys_ = folder / "proc", folder / "sys"
+    machine = booted.machine
     _write(proc / "cmdline", booted.cmdline)
-    _write(proc / "osrelease", booted.machine.kernel)
+    _write(proc / "sys/kernel/osrelease", machine.kernel)
     _write(proc / "modules", "".join(_proc_modules(booted)), end="")
+    _write(proc / "cpuinfo", _cpuinfo(Path("/proc/cpuinfo").read_text(), machine), end="")
+    _write(proc / "meminfo", _meminfo(Path("/proc/meminfo").read_text(), machine), end="")
+    _write(proc / "kmsg", "".join(f"{line}\n" for line in booted.messages), end="")
     for name in ("bus/pci/devices", "bus/pci/drivers", "bus/pci/slots", "kernel/iommu_groups", "class/iommu", "module"):
         (sys_ / name).mkdir(parents=True)
-    for device in booted.machine.devices:
-        _lay_out_device(sys_, device, booted)
+    resources = _resources(machine.devices)
+    for device in machine.devices:
+        _lay_out_device(sys_, device, booted, resources[device.address])
     if booted.iommu:
-        unit = "dmar0" if booted.machine.iommu == "intel" else "ivhd0"
+        unit = "dmar0" if machine.iommu == "intel" else "ivhd0"
         (sys_ / "class/iommu" / unit / "devices").mkdir(parents=True)
-        for group in {device.group for device in booted.machine.devices}:
+        for group in {device.group for device in machine.devices}:
             _write(sys_ / "kernel/iommu_groups" / str(group) / "type", booted.domain)
+    (sys_ / "firmware/acpi/tables").mkdir(parents=True)
+    for table in machine.firmware_tables:
+        _write(sys_ / "firmware/acpi/tables" / table, f"{table}: simulated")
+    for size, count in huge_pages(machine, booted.cmdline).items():
+        _write(sys_ / f"kernel/mm/hugepages/hugepages-{size}kB/nr_hugepages", str(count))
     for name in booted.modules:
-        module = sys_ / "module" / name
-        (module / "holders").mkdir(parents=True)
-        for key, value in (("refcnt", "0"), ("coresize", "16384"), ("initstate", "live")):
-            _write(module / key, value)
-        for option in booted.options.get(name, []):
-            key, _, value = option.partition("=")
-            _write(module / "parameters" / key, value)
+        _lay_out_module(sys_, name, booted)
 
 
-def _lay_out_device(sys_: Path, device: Device, booted: Booted) -> None:
+def _lay_out_module(sys_: Path, name: str, booted: Booted) -> None:
+    module = sys_ / "module" / name
+    (module / "holders").mkdir(parents=True)
+    for key, value in (("refcnt", "0"), ("coresize", "16384"), ("initstate", "live")):
+        _write(module / key, value)
+    known = PARAMETERS.get(name, {})
+    parameters = dict(known)
+    for option in booted.options.get(name, []):
+        key, equals, value = option.partition("=")
+        # A boolean's name alone switches it on, and sysfs shows it as Y or N.
+        parameters[key] = _boolean(value if equals else "1") if key in known else value
+    for key, value in parameters.items():
+        _write(module / "parameters" / key, value)
+    if name == "vfio_pci" or any(name in device.drivers for device in booted.machine.devices):
+        (sys_ / "bus/pci/drivers" / driver_of(name)).mkdir(exist_ok=True)
+
+
+def _boolean(value: str) -> str:
+    return "Y" if value.lower() in ("1", "y", "yes", "t", "true", "on") else "N"
+
+
+def _resources(devices: Iterable[Device]) -> dict[str, str]:
+    """PCI address to its file `resource`: 13 lines of start, end and flags, of which six are base address registers.
+
+    The addresses are invented, but no two overlap. A size tells the kind: up to 256 bytes are I/O ports, from 32 MiB on
+    it is 64-bit prefetchable memory (which takes two registers), the rest is 32-bit memory.
+
+    Raises:
+        ValueError: a device has more than six registers.
+    """
+    following = {"io": 0x3000, "low": 0x80000000, "high": 0x4000000000}
+    files = {}
+    for device in devices:
+        lines: list[str] = []
+        for size in device.bars:
+            kind = "io" if size <= 256 else "high" if size >= 32 << 20 else "low"
+            start = (following[kind] + size - 1) // size * size
+            following[kind] = start + size
+            flags = {"io": 0x40101, "low": 0x40200, "high": 0x14220C}[kind]
+            lines += [_resource(start, start + size - 1, flags), *([_resource(0, 0, 0)] if kind == "high" else [])]
+        if len(lines) > 6:
+            raise ValueError(f"{device.address}: more than six base address registers: {list(device.bars)}")
+        files[device.address] = "\n".join(lines + [_resource(0, 0, 0)] * (13 - len(lines)))
+    return files
+
+
+def _resource(start: int, end: int, flags: int) -> str:
+    return f"0x{start:016x} 0x{end:016x} 0x{flags:016x}"
+
+
+def _lay_out_device(sys_: Path, device: Device, booted: Booted, resource: str) -> None:
     folder = sys_ / "bus/pci/devices" / device.address
     folder.mkdir()
     values = {
@@ -409,19 +548,18 @@ def _lay_out_device(sys_: Path, device: Device, booted: Booted) -> None:
         "irq": "0",
         "enable": "1",
         "numa_node": "-1",
-        "driver_override": "(null)",
-        "resource": "\n".join(["0x0000000000000000 0x0000000000000000 0x0000000000000000"] * 13),
+        "driver_override": booted.overrides.get(device.address, "(null)"),
+        "resource": resource,
         "modalias": _modalias(device),
     }
     if device.is_vga:
         values["boot_vga"] = "1" if device.boot_vga else "0"
-    if device.vendor == "10de":
-        values |= {
-            "max_link_speed": "16.0 GT/s PCIe",
-            "max_link_width": "16",
-            "current_link_speed": "16.0 GT/s PCIe",
-            "current_link_width": "16",
-        }
+    if device.reset_methods:
+        # The kernel has no such file for a device that it cannot reset.
+        values["reset_method"] = " ".join(device.reset_methods)
+    for prefix, link in (("current", device.link), ("max", device.max_link)):
+        if link is not None:
+            values |= {f"{prefix}_link_speed": link[0], f"{prefix}_link_width": str(link[1])}
     for name, value in values.items():
         _write(folder / name, value)
     (folder / "config").write_bytes(_configuration_space(device, booted.machine.devices))
@@ -433,10 +571,15 @@ def _lay_out_device(sys_: Path, device: Device, booted: Booted) -> None:
         (group / "devices" / device.address).symlink_to(f"../../../../bus/pci/devices/{device.address}")
         (folder / "iommu_group").symlink_to(f"../../../../kernel/iommu_groups/{device.group}")
     if driver := booted.drivers.get(device.address):
-        registered = sys_ / "bus/pci/drivers" / driver
-        registered.mkdir(exist_ok=True)
-        (registered / device.address).symlink_to(f"../../devices/{device.address}")
-        (folder / "driver").symlink_to(f"../../drivers/{driver}")
+        show_driver(sys_, device.address, driver)
+
+
+def show_driver(sys_: Path, address: str, driver: str) -> None:
+    """The links between a device and the driver that has it."""
+    registered = sys_ / "bus/pci/drivers" / driver
+    registered.mkdir(exist_ok=True)
+    (registered / address).symlink_to(f"../../devices/{address}")
+    (sys_ / "bus/pci/devices" / address / "driver").symlink_to(f"../../drivers/{driver}")
 
 
 def _modalias(device: Device) -> str:
@@ -479,86 +622,59 @@ def _write(path: Path, text: str, end: str = "\n") -> None:
     path.write_text(text + end)
 
 
-def read_boot(root: Path) -> Booted:
-    """Boot the node whose file system is at `root`, from what its boot loader and its initramfs hold."""
-    machine = read_machine((root / HARDWARE.lstrip("/")).read_text())
-    cmdline = kernel_command_line((root / "boot/grub/grub.cfg").read_text())
-    initrd = root / "boot" / f"initrd.img-{machine.kernel}"
-    files = unpack_initrd(initrd.read_bytes())
-    return boot(machine, cmdline, module_config(files, cmdline))
-
-
-def main() -> None:
-    if not Path("/boot/grub/grub.cfg").exists():
-        # The first boot: what the installer would have left.
-        for command in (["update-initramfs", "-c", "-k", "all"], ["update-grub"]):
-            subprocess.run(command, check=True)
-    booted = read_boot(Path("/"))
-    folder = Path(LAID_OUT)
-    lay_out(folder, booted)
-    _write(folder / "proc/cpuinfo", _cpuinfo(Path("/proc/cpuinfo").read_text(), booted.machine), end="")
-    _show(folder)
-    _make_vfio_nodes(booted)
-    print(f"simulated: booted {booted.machine.kernel} with: {booted.cmdline}")
-    for device in booted.machine.devices:
-        driver = booted.drivers.get(device.address, "no driver")
-        print(f"simulated: {device.address} {device.vendor}:{device.device} {driver}")
-
-
 def _cpuinfo(text: str, machine: Machine) -> str:
-    """The control machine's processors under the maker that the machine's IOMMU belongs to."""
-    maker = "AuthenticAMD" if machine.iommu == "amd" else "GenuineIntel"
+    """The control machine's processors under the maker of the node's."""
+    maker = "AuthenticAMD" if machine.cpu == "amd" else "GenuineIntel"
     return re.sub(r"(?m)^(vendor_id\s*:).*$", rf"\1 {maker}", text)
 
 
-def _show(folder: Path) -> None:
-    """Bind what was laid out over what the container's kernel shows."""
-    if not Path("/sys/module").exists():
-        # The container's /sys is a small read-only tmpfs with the real folders mounted in it.
-        _mount("-o", "remount,rw", "/sys")
-        Path("/sys/module").mkdir()
-        _mount("-o", "remount,ro", "/sys")
-    for name in ("bus/pci", "kernel/iommu_groups", "class/iommu", "module"):
-        _mount("--bind", str(folder / "sys" / name), f"/sys/{name}")
-    shown = {"cmdline": "cmdline", "cpuinfo": "cpuinfo", "osrelease": "sys/kernel/osrelease", "modules": "modules"}
-    for name, target in shown.items():
-        # A kernel without loadable modules has no /proc/modules to bind over; lsmod's stand-in reads ours either way.
-        if Path("/proc", target).exists():
-            _mount("--bind", str(folder / "proc" / name), f"/proc/{target}")
-    _make_module_index(Path("/usr/lib/modules", os.uname().release))
+def _meminfo(text: str, machine: Machine) -> str:
+    """The control machine's memory under the node's total."""
+    if machine.memory_mib is None:
+        return text
+    return re.sub(r"(?m)^(MemTotal:\s*)\d+ kB$", rf"\g<1>{machine.memory_mib * 1024} kB", text)
 
 
-def _make_module_index(folder: Path) -> None:
-    """An empty index for the kernel that really runs: lspci and modprobe complain where there is none."""
-    if folder.exists():
-        return
-    folder.mkdir(parents=True)
-    for name in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
-        (folder / name).touch()
-    subprocess.run(["depmod"], check=True)
+def kernel_files(version: str) -> dict[str, str]:
+    """Path to text of what an installed kernel leaves on the node, as far as anything here reads it."""
+    return {
+        f"/boot/vmlinuz-{version}": "simulated: stands for the kernel of Proxmox VE; nothing boots it\n",
+        f"/usr/lib/modules/{version}/modules.dep": _MODULES_DEP,
+    }
 
 
-def _mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True)
+_MODULES_DEP = """\
+kernel/drivers/vfio/vfio.ko:
+kernel/drivers/vfio/vfio_iommu_type1.ko: kernel/drivers/vfio/vfio.ko
+kernel/drivers/vfio/pci/vfio-pci-core.ko: kernel/drivers/vfio/vfio.ko
+kernel/drivers/vfio/pci/vfio-pci.ko: kernel/drivers/vfio/pci/vfio-pci-core.ko kernel/drivers/vfio/vfio.ko
+kernel/drivers/gpu/drm/nouveau/nouveau.ko:
+kernel/sound/pci/hda/snd-hda-intel.ko:
+"""
 
 
-def _make_vfio_nodes(booted: Booted) -> None:
-    if "vfio" not in booted.modules:
-        return
-    Path("/dev/vfio").mkdir(exist_ok=True)
-    _make_node("/dev/vfio/vfio", 0o666, VFIO_CONTAINER)
-    for group in booted.vfio_groups:
-        _make_node(f"/dev/vfio/{group}", 0o600, (VFIO_GROUP_MAJOR, group))
+def read_boot(root: Path) -> Booted:
+    """Boot the node whose file system is at `root`, from what its boot loader and its initramfs hold.
+
+    Raises:
+        ValueError: grub.cfg boots no kernel.
+        FileNotFoundError: the kernel that it boots has no initramfs.
+        initramfs.NotRun: the initramfs has scripts to run, and this machine does not allow what that takes.
+    """
+    entry = grub.default_entry((root / "boot/grub/grub.cfg").read_text())
+    machine = replace(read_machine((root / HARDWARE.lstrip("/")).read_text()), kernel=entry.kernel)
+    files = initramfs.unpack((root / "boot" / f"initrd.img-{entry.kernel}").read_bytes())
+    config = module_config(files, entry.cmdline)
+    init_top = run_init_top(machine, entry.cmdline, files) if initramfs.scripts(files) else None
+    return boot(machine, entry.cmdline, config, init_top)
 
 
-def _make_node(path: str, mode: int, numbers: tuple[int, int]) -> None:
-    if not os.path.exists(path):
-        os.mknod(path, mode | 0o020000, os.makedev(*numbers))
-        os.chmod(path, mode)
+def run_init_top(machine: Machine, cmdline: str, files: Mapping[str, str]) -> InitTop:
+    """Run the scripts of scripts/init-top of an initramfs (path to text) on the machine, as it is before udev starts.
 
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["pack"]:
-        pack(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        main()
+    Raises:
+        initramfs.NotRun: this machine does not allow what that takes.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpulab-initramfs-") as folder:
+        described = {"machine": asdict(machine), "cmdline": cmdline, "files": dict(files), "folder": folder}
+        return InitTop(**initramfs.in_namespace("rehearsal.node.init_top", described))

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from aiohttp import web
 
 from rehearsal import ca, network, paths
-from rehearsal.pve import images, service
+from rehearsal.pve import etc_pve, images, service
 from rehearsal.pve.containers import ContainerPower
 from rehearsal.pve.front import Emulator, Front, Secrets
 from rehearsal.pve.hardware import NodeHardware
@@ -37,9 +37,11 @@ async def main(words: list[str]) -> None:
             folder = paths.lab() / "pve" / node
             fakepve = FakepveProcess(folder, authority)
             stack.callback(fakepve.stop)
+            store = Store(node, folder / "state.json")
+            power = ContainerPower(node, folder / "volumes", folder / "hosts.json", names)
             emulator = Emulator(
-                store=Store(node, folder / "state.json"),
-                power=ContainerPower(node, folder / "volumes", folder / "hosts.json", names),
+                store=store,
+                power=power,
                 hardware=NodeHardware(node),
                 certificate=authority.issue(node, [node, f"{node}.lab", address, "localhost", "127.0.0.1", gateway]),
                 folder=folder / "storage",
@@ -48,6 +50,8 @@ async def main(words: list[str]) -> None:
             front = Front(emulator, Upstream(fakepve))
             await front.start(gateway, int(port))
             stack.push_async_callback(front.stop)
+            shown = asyncio.create_task(etc_pve.keep_up(node, store, power.running))
+            stack.callback(shown.cancel)
             logging.info("%s: https://%s:%s, fakepve pid %d at %s", node, gateway, port, fakepve.pid, fakepve.url)
         await stack.enter_async_context(_ImageServer(gateway))
         await ended.wait()

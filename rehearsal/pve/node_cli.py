@@ -24,7 +24,7 @@ POLL_S = 0.1
 FLAGS = frozenset(
     [
         *("purge", "skiplock", "force", "append", "privsep", "propagate", "destroy-unreferenced-disks"),
-        *("overrule-shutdown", "forceStop", "current"),
+        *("overrule-shutdown", "forceStop", "force-stop", "current"),
     ]
 )
 Options = dict[str, "list[str]"]

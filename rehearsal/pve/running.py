@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from rehearsal.pve import access, cloudinit, vmconfig
-from rehearsal.pve.errors import ApiError, TaskError, die
+from rehearsal.pve.errors import ApiError, TaskError, bad_parameters, die
 from rehearsal.pve.mapping import MappingApi, used_by
 from rehearsal.pve.power import GuestStart, PciDevice, Power
 from rehearsal.pve.qemu import QemuApi
 from rehearsal.pve.routing import Call, Guard, Route, needs
 from rehearsal.pve.state import MIB, Config, Store, Vm
 from rehearsal.pve.storage import StorageApi
-from rehearsal.pve.tasks import Log, Tasks
+from rehearsal.pve.tasks import Body, Log, Tasks
 
-# Seconds a guest gets to shut down when the request names none.
+# Seconds a guest gets to shut down when the request names none; for all guests of a node, and the most it may name.
 _SHUTDOWN_TIMEOUT = 60
+_STOP_ALL_TIMEOUT = 180
+_STOP_ALL_TIMEOUT_MAX = 7200
 # What the node itself needs, in MiB; a VM beyond the rest does not start.
 HOST_MEMORY_MIB = 2048
 # PVE returns at most this much of a file, in bytes.
@@ -49,7 +51,6 @@ class RunningApi:
         one = "/nodes/{node}/qemu/{vmid}"
         status, agent = one + "/status", one + "/agent"
         power = needs("/vms/{vmid}", "VM.PowerMgmt")
-        node_power = needs("/", "VM.PowerMgmt")
         return [
             Route("GET", status + "/current", self._current, needs("/vms/{vmid}", "VM.Audit")),
             Route("POST", status + "/start", self._start, power),
@@ -65,8 +66,8 @@ class RunningApi:
             Route(
                 "GET", agent + "/file-read", self._file_read, _agent_guard("FileRead", "Unrestricted"), unlocked=True
             ),
-            Route("POST", "/nodes/{node}/startall", self._start_all, node_power),
-            Route("POST", "/nodes/{node}/stopall", self._stop_all, node_power),
+            Route("POST", "/nodes/{node}/startall", self._start_all, _bulk_guard),
+            Route("POST", "/nodes/{node}/stopall", self._stop_all, _bulk_guard),
         ]
 
     # Power.
@@ -223,11 +224,17 @@ class RunningApi:
         vm = self._unlocked_vm(call)
         if not self._qemu.running(vm.vmid):
             die(f"VM {vm.vmid} not running")
-        return self._tasks.start("qmshutdown", vm.vmid, call.user, lambda log: self._power_down(vm, call, log), vm.vmid)
+        timeout = call.number("timeout", _SHUTDOWN_TIMEOUT)
+        return self._shut_down(vm, call.user, timeout, call.flag("forceStop"))
 
-    def _power_down(self, vm: Vm, call: Call, log: Log) -> None:
-        if not self._power.shutdown(vm.vmid, call.number("timeout", _SHUTDOWN_TIMEOUT)):
-            if not call.flag("forceStop"):
+    def _shut_down(self, vm: Vm, user: str, timeout: float, force: bool) -> str:
+        """A worker that shuts the VM down, and with `force` stops one that still runs after `timeout` seconds."""
+        body: Body = lambda log: self._power_down(vm, timeout, force, log)  # noqa: E731
+        return self._tasks.start("qmshutdown", vm.vmid, user, body, vm.vmid)
+
+    def _power_down(self, vm: Vm, timeout: float, force: bool, log: Log) -> None:
+        if not self._power.shutdown(vm.vmid, timeout):
+            if not force:
                 raise TaskError("VM quit/powerdown failed - got timeout")
             log("VM still running - terminating now with SIGTERM")
             self._power.stop(vm.vmid)
@@ -247,7 +254,7 @@ class RunningApi:
             die(f"VM {vm.vmid} not running")
 
         def body(log: Log) -> None:
-            self._power_down(vm, call, log)
+            self._power_down(vm, call.number("timeout", _SHUTDOWN_TIMEOUT), call.flag("forceStop"), log)
             self._bring_up(vm.vmid, 0)
 
         return self._tasks.start("qmreboot", vm.vmid, call.user, body, vm.vmid)
@@ -266,37 +273,72 @@ class RunningApi:
         return self._tasks.start("qmreset", vm.vmid, call.user, body, vm.vmid)
 
     def _start_all(self, call: Call) -> str:
-        """What pve-guests.service does when a node has booted."""
+        """What pve-guests.service does when a node has booted; `force`: also guests without `onboot`.
+
+        Those of one order are started together, then their tasks are waited for. PVE also lets three seconds pass
+        after each to spread the load; here only a delay that `startup` asks for is kept.
+        """
 
         def body(log: Log) -> None:
-            with self._store.lock:
-                wanted = [vm.vmid for vm in self._store.state.vms.values() if vm.config.get("onboot")]
-            for vmid in wanted:
-                if not self._qemu.running(vmid):
-                    log(f"Starting VM {vmid}")
-                    self.start_vm(call, vmid)
+            for vms in self._in_order(call, only_onboot=not call.flag("force")):
+                started = {}
+                for vm, startup in vms:
+                    if self._qemu.running(vm.vmid):
+                        continue
+                    log(f"Starting VM {vm.vmid}")
+                    started[vm.vmid] = self.start_vm(call, vm.vmid)
+                    if delay := int(startup.get("up", 0)):
+                        log(f"Waiting for {delay} seconds (startup delay)")
+                        time.sleep(delay)
+                for vmid, upid in started.items():
+                    if (status := self._tasks.wait(upid)) != "OK":
+                        log(f"Starting VM {vmid} failed: {status}")
 
         return self._tasks.start("startall", "", call.user, body)
 
     def _stop_all(self, call: Call) -> str:
-        """What pve-guests.service does before a node goes down."""
+        """What pve-guests.service does before a node goes down: a shutdown task for each guest that runs.
 
-        def stop(vm: Vm, log: Log) -> None:
-            log(f"Stopping VM {vm.vmid} (timeout = {_SHUTDOWN_TIMEOUT} seconds)")
-            if not self._power.shutdown(vm.vmid, _SHUTDOWN_TIMEOUT):
-                self._power.stop(vm.vmid)
-            self._ended(vm)
+        As in PVE this task ends well also when one of those did not.
+        """
+        timeout, force = call.number("timeout", _STOP_ALL_TIMEOUT), call.flag("force-stop", True)
+        if not 0 <= timeout <= _STOP_ALL_TIMEOUT_MAX:
+            side = "minimum value of 0" if timeout < 0 else f"maximum value of {_STOP_ALL_TIMEOUT_MAX}"
+            bad_parameters({"timeout": f"value must have a {side}\n"})
 
         def body(log: Log) -> None:
-            with self._store.lock:
-                vms = [vm for vm in self._store.state.vms.values() if self._qemu.running(vm.vmid)]
-            threads = [threading.Thread(target=stop, args=(vm, log)) for vm in vms]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            for vms in reversed(self._in_order(call)):
+                workers = []
+                for vm, startup in reversed(vms):
+                    if not self._qemu.running(vm.vmid):
+                        continue
+                    seconds = int(startup.get("down", timeout))
+                    log(f"Stopping VM {vm.vmid} (timeout = {seconds} seconds)")
+                    if vm.lock:
+                        log(f"VM is locked ({vm.lock})")
+                        continue
+                    workers.append(self._shut_down(vm, call.user, seconds, force))
+                for upid in workers:
+                    self._tasks.wait(upid)
 
         return self._tasks.start("stopall", "", call.user, body)
+
+    def _in_order(self, call: Call, only_onboot: bool = False) -> list[list[tuple[Vm, dict[str, str]]]]:
+        """The VMs that a call for many is about, with what `startup` says of each, in the order in which they start.
+
+        One list for each `order`, those without one last; in it by their ids. `vms` leaves out all others.
+        """
+        wanted = {int(name) for name in call.names("vms")}
+        orders: dict[float, list[tuple[Vm, dict[str, str]]]] = {}
+        with self._store.lock:
+            for vmid, vm in sorted(self._store.state.vms.items()):
+                if (wanted and vmid not in wanted) or vm.config.get("template"):
+                    continue
+                if only_onboot and not vm.config.get("onboot"):
+                    continue
+                startup = vmconfig.parse_properties(str(vm.config.get("startup", "")), "order")
+                orders.setdefault(float(startup.get("order", "inf")), []).append((vm, startup))
+        return [orders[order] for order in sorted(orders)]
 
     # The guest agent.
 
@@ -397,6 +439,22 @@ def interfaces_view(addresses: str, links: str) -> list[dict[str, Any]]:
             kind = "ipv4" if family == "inet" else "ipv6"
             found[name]["ip-addresses"].append({"ip-address": ip, "ip-address-type": kind, "prefix": int(prefix)})
     return list(found.values())
+
+
+def _bulk_guard(store: Store, call: Call) -> None:
+    """The right to switch all guests of a node, or each of those that are named.
+
+    Raises:
+        ApiError: it is missing, or `vms` is no list of ids.
+    """
+    names = call.names("vms")
+    if not all(name.isdigit() for name in names):
+        bad_parameters({"vms": f"invalid format - value does not look like a valid VM ID list: {call.text('vms')}\n"})
+    if not names or access.may(store.state, call.user, "/", "VM.PowerMgmt"):
+        access.require(store.state, call.user, "/", "VM.PowerMgmt")
+        return
+    for name in names:
+        access.require(store.state, call.user, f"/vms/{name}", "VM.PowerMgmt")
 
 
 def _agent_guard(*privileges: str) -> Guard:

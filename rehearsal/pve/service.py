@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inventory import GpulabError
 from rehearsal import ca, network, paths, processes
-from rehearsal.pve import images
+from rehearsal.pve import etc_pve, images
 
 #: The process that serves every node's API.
 PROCESS = "pve-front"
@@ -32,7 +32,8 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStart=/usr/bin/pvesh create /nodes/localhost/startall
 ExecStop=/usr/bin/pvesh create /nodes/localhost/stopall
-TimeoutStopSec=180
+# As PVE: each guest has its own deadline.
+TimeoutStopSec=infinity
 
 [Install]
 WantedBy=multi-user.target
@@ -90,6 +91,11 @@ def node_files(node: str, index: int) -> dict[str, tuple[str, int]]:
         "/var/lib/vz/snippets/.keep": ("", 0o644),
     }
     return files | dict.fromkeys(_COMMANDS, (program, 0o755))
+
+
+def node_binds(node: str) -> list[str]:
+    """Folders of a node for `HostSpec.binds`: its guests' configuration, and which of them run."""
+    return etc_pve.binds(node)
 
 
 def _wait_for(address: str, port: int, node: str, deadline: float) -> None:

@@ -54,6 +54,12 @@ class Tasks:
                     return task
         die(f"unable to parse worker upid '{upid}'" if not upid.startswith("UPID:") else "no such task")
 
+    def wait(self, upid: str) -> str:
+        """Wait until a worker has ended; its exit status."""
+        if (thread := self._threads.get(upid)) is not None:
+            thread.join()
+        return self.find(upid).exitstatus or "unexpected status"
+
     def join(self, timeout: float) -> None:
         """Wait until no worker runs, those included that others start; at most `timeout` seconds for each."""
         while threads := [thread for thread in list(self._threads.values()) if thread.is_alive()]:

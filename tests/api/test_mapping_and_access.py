@@ -14,7 +14,7 @@ from operations.proxmox import access, mapping
 
 from .conftest import Bench
 
-CARD = {"id": "10de:24b0", "subsystem_id": "10de:14ad", "iommu_group": 14}
+CARD = {"path": "0000:01:00", "id": "10de:24b0", "subsystem_id": "10de:14ad", "iommu_group": 14}
 NODE = Node(
     name="pve1",
     ssh_hostname="192.0.2.11",
@@ -38,6 +38,16 @@ def test_mapping_names_the_card_and_then_stays(api: Any, on_node: Bench) -> None
     assert found["map"] == ["id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"]
 
 
+def test_device_that_is_declared_by_its_id_is_named_by_its_address(
+    api: Any, on_node: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "read", lambda fact, **_: {"10de:24b0": dict(CARD)})
+
+    on_node.apply(mapping.mappings, devices={"a4000": "10de:24b0"})
+
+    assert "path=0000:01:00" in api.api().cluster.mapping.pci("a4000").get()["map"][0]
+
+
 def test_entry_of_another_node_is_kept(api: Any, on_node: Bench) -> None:
     other = "id=10de:24b0,iommugroup=3,node=pve2,path=0000:81:00"
     stale = "id=10de:24b0,iommugroup=9,node=pve1,path=0000:02:00"
@@ -53,7 +63,7 @@ def test_device_that_the_node_lacks_is_refused(api: Any, bench: Bench, monkeypat
     bench.host = bench.state.inventory.get_host("pve1")
     monkeypatch.setattr(step, "read", lambda fact, **_: {"0000:81:00": None})
 
-    with pytest.raises(GpulabError, match=r"pve1: no PCI device 0000:81:00\.0 for mapping a4000"):
+    with pytest.raises(GpulabError, match=r"pve1: no PCI device 0000:81:00 for mapping a4000"):
         bench.commands(mapping.mappings, devices={"a4000": "0000:81:00"})
 
 

@@ -115,7 +115,7 @@ def test_gpu_in_use_by_another_running_vm_is_named(api: Any, bench: Bench) -> No
 def test_more_memory_than_the_node_has_is_refused(api: Any, bench_of: Callable[..., Bench]) -> None:
     bench = bench_of(memory_mib=2**24)
 
-    with pytest.raises(GpulabError, match=r"memory_mib = 16777216: pve1 has \d+ MiB free"):
+    with pytest.raises(GpulabError, match=r"memory_mib = 16777216: pve1 has \d+ MiB for it"):
         bench.commands(vm.preflight)
 
 

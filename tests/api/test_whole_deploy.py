@@ -24,7 +24,9 @@ def pyinfra(bench: Bench, *words: str, lab: str | None = None) -> subprocess.Com
     state = yaml.safe_load((HOSTS / "pve1.yaml").read_text())
     responses = {
         "boot-refreshed": json.dumps(state),
-        '"addresses"': json.dumps({"0000:01:00": {"id": "10de:24b0", "subsystem_id": "10de:14ad", "iommu_group": 14}}),
+        '"places"': json.dumps(
+            {"0000:01:00": {"path": "0000:01:00", "id": "10de:24b0", "subsystem_id": "10de:14ad", "iommu_group": 14}}
+        ),
         '"paths"': json.dumps({"/var/lib/vz/snippets/gpulab-vendor.yaml": None}),
     }
     path = bench.folder / "lab.py"
@@ -48,7 +50,7 @@ def test_plan_of_a_bare_lab_shows_everything_and_creates_nothing(api: Any, bench
 
     assert done.returncode == 0, done.stderr
     for line in (
-        "file /etc/modprobe.d/gpulab-vfio.conf",
+        "file /etc/initramfs-tools/scripts/init-top/gpulab-vfio",
         "update-initramfs -u -k all",
         "reboot: yes (iommu=pt is not on the running command line",
         "mapping a4000",

@@ -40,8 +40,8 @@ class Deployed:
 
     reports: Path
 
-    def pyinfra(self, *words: str, **environment: str) -> Outcome:
-        return run([program("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(self.reports / "runs"), **environment)
+    def pyinfra(self, *words: str, lab: Path | str = INVENTORY, **environment: str) -> Outcome:
+        return run([program("pyinfra"), str(lab), *words], GPULAB_RUNS=str(self.reports / "runs"), **environment)
 
     def deploy(self, *words: str) -> Outcome:
         return self.pyinfra("deploy.py", "-y", *words)

@@ -45,11 +45,12 @@ def test_stopped_ollama(deployed: Any) -> None:
     heals(deployed, {"containers.ollama.running[gpu01]"})
 
 
-def test_edited_modprobe_file(deployed: Any) -> None:
-    edited = "s/^options vfio-pci.*/options vfio-pci ids=10de:ffff/"
-    deployed.on("pve1", "sed", "-i", edited, "/etc/modprobe.d/gpulab-vfio.conf")
+def test_edited_binding_script(deployed: Any) -> None:
+    """The card is still bound; the next boot would not bind it."""
+    deployed.on("pve1", "sed", "-i", "s/10de:24b0/10de:ffff/", "/etc/initramfs-tools/scripts/init-top/gpulab-vfio")
+    deployed.on("pve1", "update-initramfs", "-u", "-k", "all")
 
-    heals(deployed, {"hypervisor.modprobe[pve1]"})
+    heals(deployed, {"hypervisor.next_boot.initramfs[pve1]"})
 
 
 def test_unloaded_driver(deployed: Any) -> None:

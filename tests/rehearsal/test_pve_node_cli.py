@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,6 +92,113 @@ def test_stopall_and_startall_follow_the_node(lab: FakeLab, shell: Shell) -> Non
     upid = shell("pvesh", "create", "/nodes/localhost/startall").stdout.strip()
     lab.wait(upid)
     assert list(lab.power.started) == [101]
+
+
+def log_of(lab: FakeLab, kind: str) -> list[str]:
+    """The log of the one task of this kind."""
+    (task,) = [task for task in lab.state.tasks if task.type == kind]
+    return task.log
+
+
+def test_stopall_and_startall_keep_to_the_guests_that_are_named(lab: FakeLab, shell: Shell) -> None:
+    for vmid in (101, 102, 103):
+        lab.add_vm(vmid, running=True)
+    words = ("/nodes/localhost/stopall", "--vms", "101,103", "--force-stop", "0", "--timeout", "20")
+    assert shell("pvesh", "create", *words).returncode == 0
+    assert list(lab.power.started) == [102]
+    assert log_of(lab, "stopall") == [
+        "Stopping VM 103 (timeout = 20 seconds)",
+        "Stopping VM 101 (timeout = 20 seconds)",
+        "TASK OK",
+    ]
+    assert shell("pvesh", "create", "/nodes/localhost/startall", "--vms", "101").returncode == 0
+    assert list(lab.power.started) == [102]
+    assert shell("pvesh", "create", "/nodes/localhost/startall", "--vms", "101", "--force", "1").returncode == 0
+    assert sorted(lab.power.started) == [101, 102]
+
+
+def test_stopall_without_force_leaves_a_stubborn_guest_running(lab: FakeLab, shell: Shell) -> None:
+    """Its own task says so; the one for all ends well, as in PVE."""
+    lab.add_vm(101, running=True)
+    lab.add_vm(102, running=True)
+    lab.power.stubborn.add(101)
+    done = shell("pvesh", "create", "/nodes/localhost/stopall", "--force-stop", "0", "--timeout", "1")
+    assert done.returncode == 0
+    assert list(lab.power.started) == [101]
+    ended = {task.id: task.exitstatus for task in lab.state.tasks if task.type == "qmshutdown"}
+    assert ended == {"101": "VM quit/powerdown failed - got timeout", "102": "OK"}
+
+
+def test_stopall_stops_a_stubborn_guest_by_default(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, running=True)
+    lab.power.stubborn.add(101)
+    assert shell("pvesh", "create", "/nodes/localhost/stopall").returncode == 0
+    assert lab.power.started == {}
+    assert log_of(lab, "stopall")[0] == "Stopping VM 101 (timeout = 180 seconds)"
+    assert "VM still running - terminating now with SIGTERM" in log_of(lab, "qmshutdown")
+
+
+def test_guests_start_in_their_order_and_stop_in_reverse(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, onboot=1)
+    lab.add_vm(102, onboot=1, startup="order=2,down=7")
+    lab.add_vm(103, onboot=1, startup="1")
+    lab.add_vm(104, onboot=1)
+    lab.add_vm(105, onboot=1, template=1)
+    assert shell("pvesh", "create", "/nodes/localhost/startall").returncode == 0
+    assert log_of(lab, "startall")[:-1] == [f"Starting VM {vmid}" for vmid in (103, 102, 101, 104)]
+    assert shell("pvesh", "create", "/nodes/localhost/stopall", "--timeout", "30").returncode == 0
+    assert log_of(lab, "stopall")[:-1] == [
+        "Stopping VM 104 (timeout = 30 seconds)",
+        "Stopping VM 101 (timeout = 30 seconds)",
+        "Stopping VM 102 (timeout = 7 seconds)",
+        "Stopping VM 103 (timeout = 30 seconds)",
+    ]
+
+
+def test_guest_of_a_later_order_starts_when_the_earlier_has_started(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, onboot=1, startup="order=1")
+    lab.add_vm(102, onboot=1, startup="order=2")
+    lab.power.start_gate.clear()
+    upid = lab.root().nodes("pve1").startall.post()
+    deadline = time.monotonic() + 10
+    while not lab.emulator.tasks.find(upid).log and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lab.emulator.tasks.find(upid).log == ["Starting VM 101"]
+    lab.power.start_gate.set()
+    assert lab.wait(upid) == "OK"
+    assert list(lab.power.started) == [101, 102]
+
+
+def test_startall_names_a_guest_that_does_not_start(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, onboot=1)
+    lab.power.fail_start = "start failed: QEMU exited with code 1"
+    assert shell("pvesh", "create", "/nodes/localhost/startall").returncode == 0
+    assert "Starting VM 101 failed: start failed: QEMU exited with code 1" in log_of(lab, "startall")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--timeout", "7201", "timeout: value must have a maximum value of 7200"),
+        ("--vms", "101,web", "vms: invalid format - value does not look like a valid VM ID list: 101,web"),
+    ],
+)
+def test_stopall_refuses_bad_parameters(lab: FakeLab, shell: Shell, option: str, value: str, message: str) -> None:
+    refused = shell("pvesh", "create", "/nodes/localhost/stopall", option, value)
+    assert (refused.returncode, refused.stderr) == (255, f"400 Parameter verification failed.\n{message}\n")
+
+
+def test_operator_may_switch_the_guests_that_it_may_switch(lab: FakeLab, shell: Shell) -> None:
+    """Without VM.PowerMgmt on / each guest must be named."""
+    lab.add_vm(101, running=True)
+    with pytest.raises(Exception, match="403"):
+        lab.api().nodes("pve1").stopall.post()
+    lab.wait(lab.api().nodes("pve1").stopall.post(vms="101"))
+    assert lab.power.started == {}
+    other = lab.add_token("other@pve", "one", privsep=False)
+    lab.grant("other@pve", "/vms/101", "VM.PowerMgmt")
+    with pytest.raises(Exception, match="403"):
+        lab.api(other, "other@pve", "one").nodes("pve1").startall.post(vms="101,102")
 
 
 def test_wrong_secret_is_refused(lab: FakeLab, shell: Shell, tmp_path: Path) -> None:

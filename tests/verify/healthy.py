@@ -21,10 +21,22 @@ DIGEST = "sha256:" + 64 * "a"
 TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
 CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
 
-NODE: dict[str, Any] = {
-    "ssh_hostname": "192.0.2.11",
-    "passthrough": {"devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14}]},
+#: Declares all that can be declared, so that each promise can be broken.
+PASSTHROUGH: dict[str, Any] = {
+    "devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14, "reset_methods": ["flr", "bus"]}],
+    "blacklist": ["nouveau", "snd-hda-intel"],
+    "pcie_acs_override": "downstream",
+    "initcall_blacklist": ["sysfb_init", "simpledrm_init"],
+    "disable_idle_d3": True,
+    "allow_unsafe_interrupts": True,
+    "hugepages": {"size": "1G", "count": 16},
+    "kernel": "6.14.8-2-pve",
 }
+NODE: dict[str, Any] = {"ssh_hostname": "192.0.2.11", "passthrough": PASSTHROUGH}
+WORDS = (
+    "quiet iommu=pt pcie_acs_override=downstream initcall_blacklist=sysfb_init,simpledrm_init "
+    "hugepagesz=1G hugepages=16"
+)
 GUEST: dict[str, Any] = {
     "node": "pve1",
     "vmid": 101,
@@ -55,12 +67,15 @@ def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, 
 def healthy() -> dict[str, Any]:
     """What would be read of that lab, subject by subject."""
     now = time.time()
-    ids = {"vfio_ids": ["10de:24b0", "10de:228b"], "blacklist": ["nouveau", "nvidia", "nvidiafb"]}
+    modprobe = {
+        "options": {"vfio_pci": {"disable_idle_d3": "1"}, "vfio_iommu_type1": {"allow_unsafe_interrupts": "1"}},
+        "blacklist": ["nouveau", "snd_hda_intel"],
+    }
     functions = {
-        "0000:00:01.0": {"id": "8086:4c01", "driver": "pcieport", "group": "14", "bridge": True},
-        "0000:01:00.0": {"id": "10de:24b0", "driver": "vfio-pci", "group": "14", "bridge": False},
-        "0000:01:00.1": {"id": "10de:228b", "driver": "vfio-pci", "group": "14", "bridge": False},
-        "0000:02:00.0": {"id": "8086:15f3", "driver": "igc", "group": "15", "bridge": False},
+        "0000:00:01.0": function("8086:4c01", "0604", "pcieport", "14", bridge=True),
+        "0000:01:00.0": function("10de:24b0", "0300", "vfio-pci", "14", reset_methods=["flr", "bus"]),
+        "0000:01:00.1": function("10de:228b", "0403", "vfio-pci", "14"),
+        "0000:02:00.0": function("8086:15f3", "0200", "igc", "15"),
     }
     versions = {"installed": "580.95.05-1", "candidate": "580.105.08-1", "priorities": {"580.105.08-1": 1000}}
     repositories = (
@@ -71,12 +86,32 @@ def healthy() -> dict[str, Any]:
         "reach": {"error": "", "fix": ""},
         "hypervisor": {
             "pve_version": "pve-manager/9.1.4/5ac30304 (running kernel: 6.14.8-2-pve)",
-            "cmdline": "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 ro quiet iommu=pt",
+            "cmdline": f"BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 ro {WORDS}",
+            "kernel": "6.14.8-2-pve",
+            "cpu": "GenuineIntel",
             "iommus": ["dmar0"],
-            "groups": ["14", "15"],
+            "groups": {"14": "DMA-FQ", "15": "identity"},
             "devices": functions,
-            "modprobe": ids,
-            "initramfs": {"path": "/boot/initrd.img-6.14.8-2-pve", **ids},
+            "modules": ["igc", "vfio_pci"],
+            "parameters": {"vfio_pci.disable_idle_d3": "Y", "vfio_iommu_type1.allow_unsafe_interrupts": "Y"},
+            "hugepages": {"2048": 0, "1048576": 16},
+            "modprobe": modprobe,
+            "next_boot": {
+                "kernel": "6.14.8-2-pve",
+                "by": "/boot/grub/grub.cfg",
+                "pinned": "6.14.8-2-pve",
+                "installed": True,
+                "vfio": "module",
+                "cmdline": f"root=/dev/sda1 ro {WORDS}",
+                "cmdline_source": "/boot/grub/grub.cfg",
+                "copied": False,
+                "initramfs": {
+                    "path": "/boot/initrd.img-6.14.8-2-pve",
+                    "vfio": True,
+                    "claims": {"0000:01:00.0": "10de:24b0", "0000:01:00.1": "10de:228b"},
+                    **copy.deepcopy(modprobe),
+                },
+            },
         },
         "api": {"error": "", "state": "", "version": "9.1.4"},
         "vm": {
@@ -165,6 +200,20 @@ def healthy() -> dict[str, Any]:
         },
         "ollama_port": {"open": False},
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
+    }
+
+
+def function(
+    id_: str, class_: str, driver: str | None, group: str, bridge: bool = False, reset_methods: list[str] | None = None
+) -> dict[str, Any]:
+    """One PCI function as the node's script describes it."""
+    return {
+        "id": id_,
+        "class": class_,
+        "driver": driver,
+        "group": group,
+        "bridge": bridge,
+        "reset_methods": reset_methods,
     }
 
 

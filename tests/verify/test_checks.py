@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.verify.healthy import Doctored, healthy, lab_file, ps_entry, verify
+from tests.verify.healthy import PASSTHROUGH, WORDS, Doctored, function, healthy, lab_file, ps_entry, verify
 
 #: Check id -> the place in the observations, what stands there instead, and the checks that are then not run.
 Case = tuple[str, str, Any, set[str]]
 
+BOOTED = "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 ro "
+PLACED = {f"hypervisor.{name}" for name in ["vfio.bound", "iommu.group", "reset", "next_boot.initramfs"]}
+UNREADABLE = {"path": "/boot/initrd.img-6", "error": "gone", "missing": False}
+INITRAMFS = "hypervisor.next_boot.initramfs"
 NEED_VM = ["running", "cores", "memory", "machine", "gpu", "onboot", "network", "disks", "mapping", "pending"]
 VM = {f"vm.{name}" for name in NEED_VM}
 GPU = {f"nvidia.gpu.{name}" for name in ["memory", "link", "persistence", "memory_health"]}
@@ -24,19 +28,59 @@ CASES: list[Case] = [
     ("hypervisor.pve_version", "hypervisor.pve_version", "pve-manager/7.4-3/9002ab8a", set()),
     ("hypervisor.pve_version", "hypervisor.pve_version", "", set()),
     ("hypervisor.iommu.on", "hypervisor.iommus", [], set()),
-    ("hypervisor.iommu.on", "hypervisor.groups", [], {"hypervisor.iommu.group"}),
-    ("hypervisor.cmdline", "hypervisor.cmdline", "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve quiet", set()),
-    ("hypervisor.device", "hypervisor.devices", {}, {"hypervisor.vfio.bound", "hypervisor.iommu.group"}),
-    ("hypervisor.device", "hypervisor.devices.0000:01:00~0.id", "10de:2531", set()),
-    ("hypervisor.device", "hypervisor.devices.0000:01:00~1.id", "10de:1ad8", set()),
+    ("hypervisor.iommu.on", "hypervisor.groups", {}, {"hypervisor.iommu.group"}),
+    ("hypervisor.cmdline", "hypervisor.cmdline", BOOTED + WORDS.replace("iommu=pt ", ""), set()),
+    ("hypervisor.cmdline", "hypervisor.cmdline", BOOTED + WORDS.replace("pcie_acs_override=downstream ", ""), set()),
+    (
+        "hypervisor.cmdline",
+        "hypervisor.cmdline",
+        BOOTED + WORDS.replace("initcall_blacklist=sysfb_init,simpledrm_init ", ""),
+        set(),
+    ),
+    (
+        "hypervisor.cmdline",
+        "hypervisor.cmdline",
+        BOOTED + WORDS.replace("hugepagesz=1G ", "") + " hugepagesz=1G",
+        set(),
+    ),
+    ("hypervisor.cmdline", "hypervisor.groups.15", "DMA-FQ", set()),
+    ("hypervisor.kernel", "hypervisor.kernel", "6.8.12-1-pve", set()),
+    ("hypervisor.device", "hypervisor.devices", {}, PLACED),
+    ("hypervisor.device", "hypervisor.devices.0000:01:00~0.id", "10de:2531", {INITRAMFS}),
+    ("hypervisor.device", "hypervisor.devices.0000:01:00~1.id", "10de:1ad8", {INITRAMFS}),
     ("hypervisor.vfio.bound", "hypervisor.devices.0000:01:00~0.driver", "nouveau", set()),
     ("hypervisor.vfio.bound", "hypervisor.devices.0000:01:00~1.driver", None, set()),
     ("hypervisor.iommu.group", "hypervisor.devices.0000:02:00~0.group", "14", set()),
     ("hypervisor.iommu.group", "hypervisor.devices.0000:01:00~1.group", "15", set()),
-    ("hypervisor.modprobe", "hypervisor.modprobe.vfio_ids", ["10de:24b0"], set()),
-    ("hypervisor.blacklist", "hypervisor.modprobe.blacklist", ["nvidia", "nvidiafb"], set()),
-    ("hypervisor.initramfs.current", "hypervisor.initramfs.vfio_ids", [], set()),
-    ("hypervisor.initramfs.current", "hypervisor.initramfs", {"path": "/boot/initrd.img-6", "error": "gone"}, set()),
+    ("hypervisor.reset", "hypervisor.devices.0000:01:00~0.reset_methods", ["bus"], set()),
+    ("hypervisor.reset", "hypervisor.devices.0000:01:00~0.reset_methods", None, set()),
+    ("hypervisor.options", "hypervisor.parameters.vfio_pci~disable_idle_d3", "N", set()),
+    ("hypervisor.options", "hypervisor.parameters.vfio_iommu_type1~allow_unsafe_interrupts", None, set()),
+    ("hypervisor.blacklist", "hypervisor.modprobe.blacklist", ["nouveau"], set()),
+    ("hypervisor.blacklist", "hypervisor.modules", ["igc", "snd_hda_intel"], set()),
+    ("hypervisor.hugepages", "hypervisor.hugepages.1048576", 15, set()),
+    ("hypervisor.hugepages", "hypervisor.hugepages", {}, set()),
+    ("hypervisor.next_boot.kernel", "hypervisor.next_boot.kernel", "6.17.2-1-pve", set()),
+    ("hypervisor.next_boot.kernel", "hypervisor.next_boot.kernel", None, {INITRAMFS}),
+    ("hypervisor.next_boot.kernel", "hypervisor.next_boot.pinned", "6.17.2-1-pve", set()),
+    ("hypervisor.next_boot.kernel", "hypervisor.next_boot.installed", False, set()),
+    ("hypervisor.next_boot.kernel", "hypervisor.next_boot.vfio", None, set()),
+    ("hypervisor.next_boot.cmdline", "hypervisor.next_boot.cmdline", "root=/dev/sda1 ro quiet", set()),
+    (
+        "hypervisor.next_boot.cmdline",
+        "hypervisor.next_boot.cmdline",
+        f"root=/dev/sda1 ro {WORDS} gpulab_vfio=off",
+        set(),
+    ),
+    (INITRAMFS, "hypervisor.next_boot.initramfs", UNREADABLE, set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs", {**UNREADABLE, "missing": True}, set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs.vfio", False, set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs.claims", {"0000:01:00.0": "10de:24b0"}, set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs.claims.0000:01:00~1", "10de:1ad8", set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs.options", {}, set()),
+    (INITRAMFS, "hypervisor.next_boot.initramfs.blacklist", [], set()),
+    ("hypervisor.reboot_pending", "hypervisor.next_boot.cmdline", f"root=/dev/sda1 ro {WORDS} mitigations=off", set()),
+    ("hypervisor.reboot_pending", "hypervisor.next_boot.cmdline", f"root=/dev/sda1 {WORDS}", set()),
     ("vm.api.reachable", "api", {"error": "pve1: no connection", "state": "", "version": None}, set()),
     ("vm.exists", "vm", {"exists": False}, VM),
     ("vm.exists", "vm.config.tags", "production", set()),
@@ -208,12 +252,158 @@ def test_no_declared_model_is_not_run(tmp_path: Path) -> None:
     assert run.status == 2
 
 
+def passthrough(**keys: Any) -> dict[str, Any]:
+    """The keys of a node with other passthrough settings."""
+    return {"passthrough": {**PASSTHROUGH, **keys}}
+
+
+def bare(**device: Any) -> dict[str, Any]:
+    """The keys of a node that declares nothing but a card and leaves out iommu=pt."""
+    return {"passthrough": {"devices": [{"address": "0000:01:00", **device}], "iommu_pt": False}}
+
+
+def unprepared() -> dict[str, Any]:
+    """A node that was booted with nothing of what could be declared."""
+    observations = healthy()
+    node = observations["hypervisor"]
+    node |= {"cmdline": BOOTED + "quiet", "hugepages": {}, "modprobe": {"options": {}, "blacklist": []}}
+    node["parameters"] = dict.fromkeys(node["parameters"])
+    node["next_boot"] |= {"cmdline": "root=/dev/sda1 ro quiet", "pinned": None}
+    node["next_boot"]["initramfs"] |= node["modprobe"]
+    return observations
+
+
 def test_declared_options_are_not_asked_for_when_switched_off(tmp_path: Path) -> None:
-    node = {"passthrough": {"devices": [{"address": "0000:01:00", "allow_shared_group": True}], "iommu_pt": False}}
-    observations = doctored("hypervisor.cmdline", "quiet")
+    observations = unprepared()
     observations["hypervisor"]["devices"]["0000:02:00.0"]["group"] = "14"
 
-    assert verify(lab_file(tmp_path, node=node), plugin=Doctored(observations)).status == 0
+    run = verify(lab_file(tmp_path, node=bare(allow_shared_group=True)), plugin=Doctored(observations))
+
+    assert (run.status, run.ids("fail")) == (0, set())
+    assert run.result("hypervisor.hugepages")["message"] == "none declared"
+    assert "Ethernet network controller, igc" in run.result("hypervisor.iommu.group")["message"]
+
+
+def test_old_kernel_needs_the_word_for_the_iommu_of_intel(tmp_path: Path) -> None:
+    observations = unprepared()
+    observations["hypervisor"]["kernel"] = observations["hypervisor"]["next_boot"]["kernel"] = "6.5.13-1-pve"
+    lab = lab_file(tmp_path, node=bare())
+
+    assert verify(lab, plugin=Doctored(observations)).ids("fail") == {
+        "hypervisor.cmdline",
+        "hypervisor.next_boot.cmdline",
+    }
+    observations["hypervisor"]["cpu"] = "AuthenticAMD"
+    assert verify(lab, plugin=Doctored(observations)).ids("fail") == set()
+
+
+def test_new_kernel_is_judged_before_the_reboot(tmp_path: Path) -> None:
+    """As after `apt upgrade`: what runs is right, what would boot is not."""
+    observations = unprepared()
+    observations["hypervisor"]["next_boot"] |= {"kernel": "6.17.2-1-pve", "vfio": None}
+
+    run = verify(lab_file(tmp_path, node=bare()), plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"hypervisor.next_boot.kernel", "hypervisor.reboot_pending"}
+    assert "kernel 6.17.2-1-pve in place of 6.14.8-2-pve" in run.result("hypervisor.reboot_pending")["message"]
+
+
+def test_module_that_is_built_in_need_not_be_in_the_initramfs(tmp_path: Path) -> None:
+    observations = doctored("hypervisor.next_boot.vfio", "built in")
+    observations["hypervisor"]["next_boot"]["initramfs"]["vfio"] = False
+
+    assert verify(lab_file(tmp_path), plugin=Doctored(observations)).status == 0
+
+
+def test_settings_stand_in_for_a_grub_configuration_that_is_not_mounted(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["hypervisor"]["next_boot"] |= {
+        "cmdline": WORDS,
+        "cmdline_source": "/etc/default/grub",
+        "copied": True,
+    }
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.ids("fail") == set()
+    assert "EFI partitions were not read" in run.result("hypervisor.next_boot.initramfs")["message"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "failed", "said"),
+    [
+        ({"pcie_acs_override": None}, "hypervisor.iommu.group", "only pretend to be isolated"),
+        ({"disable_idle_d3": False}, "hypervisor.options", "vfio_pci.disable_idle_d3 is not declared"),
+        ({"allow_unsafe_interrupts": False}, "hypervisor.options", "allow_unsafe_interrupts is not declared"),
+    ],
+)
+def test_what_weakens_the_node_has_to_be_declared(tmp_path: Path, keys: dict[str, Any], failed: str, said: str) -> None:
+    run = verify(lab_file(tmp_path, node=passthrough(**keys)), plugin=Doctored(healthy()))
+
+    assert run.ids("fail") == {failed}
+    assert said in run.result(failed)["message"]
+    assert "declare" in run.result(failed)["fix"]
+
+
+def test_boot_that_was_told_to_leave_the_cards_says_so(tmp_path: Path) -> None:
+    observations = doctored("hypervisor.devices.0000:01:00~0.driver", "nouveau")
+    observations["hypervisor"]["cmdline"] += " gpulab_vfio=off"
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"hypervisor.vfio.bound"}
+    assert run.result("hypervisor.vfio.bound")["fix"] == "reboot pve1"
+
+
+@pytest.mark.parametrize(
+    ("class_", "words"),
+    [("0108", "NVMe storage controller"), ("0280", "network controller"), ("1180", "class 1180")],
+)
+def test_members_of_a_shared_group_are_named_in_words(tmp_path: Path, class_: str, words: str) -> None:
+    observations = healthy()
+    observations["hypervisor"]["devices"]["0000:03:00.0"] = function("144d:a80a", class_, "nvme", "14")
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert f"0000:03:00.0 144d:a80a ({words}, nvme)" in run.result("hypervisor.iommu.group")["message"]
+
+
+ONLY_CARD = passthrough(devices=[{"name": "a4000"}])
+
+
+def test_card_without_address_is_the_only_one_of_its_id(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path, node=ONLY_CARD), plugin=Doctored(healthy()))
+
+    assert (run.status, run.ids("fail")) == (0, set())
+    assert run.result("hypervisor.device")["message"] == "NVIDIA RTX A4000 at 0000:01:00"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(["0000:01:00.0", "0000:41:00.0"], "2 cards 10de:24b0 (0000:01:00, 0000:41:00)"), ([], "no card 10de:24b0")],
+)
+def test_card_without_address_has_to_be_unmistakable(tmp_path: Path, found: list[str], said: str) -> None:
+    card = function("10de:24b0", "0300", "vfio-pci", "14")
+    observations = doctored("hypervisor.devices", dict.fromkeys(found, card))
+
+    run = verify(lab_file(tmp_path, node=ONLY_CARD), plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"hypervisor.device"}
+    assert run.ids("not run") == PLACED | {"vm.mapping"}
+    assert said in run.result("hypervisor.device")["message"]
+    assert "`address` of a4000" in run.result("hypervisor.device")["fix"]
+
+
+def test_guest_alone_finds_its_card_on_the_node(tmp_path: Path) -> None:
+    observations = doctored("vm.mapping", ["id=10de:24b0,node=pve1,path=0000:41:00"])
+    lab = lab_file(tmp_path, node=ONLY_CARD)
+
+    run = verify(lab, "--limit", "gpu01", plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"vm.mapping"}
+    assert "leads to 0000:41:00 on pve1, expected 0000:01:00" in run.result("vm.mapping")["message"]
+    down = verify(lab, "--limit", "gpu01", plugin=Doctored(observations, down=("pve1",)))
+    assert down.result("vm.mapping")["message"] == "pve1 is not reachable"
 
 
 def test_check_that_breaks_fails_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

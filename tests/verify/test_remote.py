@@ -6,6 +6,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from verify.hypervisor import remote as hypervisor
 from verify.nvidia import remote as nvidia
 from verify.system import remote as system
 
-VFIO = "options vfio-pci ids=10de:24b0,10DE:228b\nblacklist nouveau\n"
+VFIO = "options vfio-pci disable_idle_d3=1\nblacklist nouveau\n"
+OPTIONS = {"vfio_pci": {"disable_idle_d3": "1"}}
 
 
 def put(root: Path, name: str, text: str) -> Path:
@@ -32,6 +35,7 @@ def put(root: Path, name: str, text: str) -> Path:
 
 def node_tree(root: Path) -> None:
     put(root, "proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 iommu=pt\n")
+    put(root, "proc/cpuinfo", "processor\t: 0\nvendor_id\t: GenuineIntel\nprocessor\t: 1\n")
     (root / "sys/class/iommu/dmar0").mkdir(parents=True)
     for function, device, driver in (("0", "0x24b0", "vfio-pci"), ("1", "0x228b", "snd_hda_intel")):
         folder = root / f"sys/bus/pci/devices/0000:01:00.{function}"
@@ -41,7 +45,13 @@ def node_tree(root: Path) -> None:
         for link, target in (("driver", f"drivers/{driver}"), ("iommu_group", "groups/14")):
             (root / target).mkdir(parents=True, exist_ok=True)
             (folder / link).symlink_to(root / target)
-    (root / "sys/kernel/iommu_groups/14").mkdir(parents=True)
+    put(root, "sys/bus/pci/devices/0000:01:00.0/reset_method", "flr bus\n")
+    put(root, "sys/bus/pci/devices/0000:00:00.0/class", "0x060000\n")
+    put(root, "sys/kernel/iommu_groups/14/type", "identity\n")
+    put(root, "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "16\n")
+    put(root, "sys/module/vfio_pci/initstate", "live\n")
+    put(root, "sys/module/vfio_pci/parameters/disable_idle_d3", "Y\n")
+    put(root, "sys/module/kernel_part/parameters/x", "1\n")
     put(root, "etc/modprobe.d/gpulab.conf", VFIO)
 
 
@@ -50,17 +60,30 @@ def test_node_is_read(tmp_path: Path) -> None:
 
     found = hypervisor.observe(tmp_path)
 
-    assert found["kernel"] == "6.14.8-2-pve"
-    assert found["iommus"] == ["dmar0"] and found["groups"] == ["14"]
+    assert (found["kernel"], found["cpu"]) == ("6.14.8-2-pve", "GenuineIntel")
+    assert found["iommus"] == ["dmar0"] and found["groups"] == {"14": "identity"}
     assert found["devices"]["0000:01:00.0"] == {
         "id": "10de:24b0",
+        "class": "0300",
         "driver": "vfio-pci",
         "group": "14",
         "bridge": False,
+        "reset_methods": ["flr", "bus"],
     }
     assert found["devices"]["0000:01:00.1"]["driver"] == "snd_hda_intel"
-    assert found["modprobe"] == {"vfio_ids": ["10de:24b0", "10de:228b"], "blacklist": ["nouveau"]}
-    assert "No such file" in found["initramfs"]["error"]
+    assert found["devices"]["0000:01:00.1"]["reset_methods"] is None
+    assert found["devices"]["0000:00:00.0"]["bridge"] is True
+    assert found["modules"] == ["vfio_pci"]
+    assert found["parameters"] == {"vfio_pci.disable_idle_d3": "Y", "vfio_iommu_type1.allow_unsafe_interrupts": None}
+    assert found["hugepages"] == {"1048576": 16}
+    assert found["modprobe"] == {"options": OPTIONS, "blacklist": ["nouveau"]}
+    assert found["next_boot"]["kernel"] is None
+
+
+def test_machine_without_anything_is_read(tmp_path: Path) -> None:
+    found = hypervisor.observe(tmp_path)
+
+    assert (found["devices"], found["groups"], found["hugepages"], found["cpu"]) == ({}, {}, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -75,26 +98,186 @@ def test_booted_kernel_of_both_boot_loaders(cmdline: str, kernel: str) -> None:
 
 
 def test_modprobe_files_hide_those_of_weaker_folders(tmp_path: Path) -> None:
-    put(tmp_path, "usr/lib/modprobe.d/vfio.conf", "options vfio-pci ids=1:2\n")
-    put(tmp_path, "etc/modprobe.d/vfio.conf", "options vfio-pci ids=3:4\n")
-    put(tmp_path, "etc/modprobe.d/vfio.conf.bak", "options vfio-pci ids=5:6\n")
+    put(tmp_path, "usr/lib/modprobe.d/vfio.conf", "options vfio-pci a=1\n")
+    put(tmp_path, "etc/modprobe.d/vfio.conf", "options vfio-pci b=2\n")
+    put(tmp_path, "etc/modprobe.d/vfio.conf.bak", "options vfio-pci c=3\n")
 
-    assert hypervisor.effective(hypervisor.modprobe_files(tmp_path))["vfio_ids"] == ["3:4"]
+    assert hypervisor.effective(hypervisor.modprobe_files(tmp_path))["options"] == {"vfio_pci": {"b": "2"}}
 
 
 @pytest.mark.parametrize(
-    ("files", "ids"),
+    ("files", "options"),
     [
-        ({"a.conf": "options vfio_pci ids=1:2 disable_vga=1"}, ["1:2"]),
-        ({"a.conf": "options vfio-pci \\\n  ids=1:2"}, ["1:2"]),
-        ({"a.conf": "# options vfio-pci ids=1:2"}, []),
+        ({"a.conf": "options vfio_pci a=1 b"}, {"vfio_pci": {"a": "1", "b": ""}}),
+        ({"a.conf": "options vfio-pci \\\n  a=1"}, {"vfio_pci": {"a": "1"}}),
+        ({"a.conf": "# options vfio-pci a=1"}, {}),
         # The kernel takes the last value of a parameter: a later file wins.
-        ({"a.conf": "options vfio-pci ids=1:2", "z.conf": "options vfio-pci ids=3:4"}, ["3:4"]),
-        ({"a.conf": "options vfio ids=1:2"}, []),
+        ({"a.conf": "options vfio-pci a=1 b=1", "z.conf": "options vfio-pci a=2"}, {"vfio_pci": {"a": "2", "b": "1"}}),
     ],
 )
-def test_effective_options(files: dict[str, str], ids: list[str]) -> None:
-    assert hypervisor.effective(files)["vfio_ids"] == ids
+def test_effective_options(files: dict[str, str], options: dict[str, Any]) -> None:
+    assert hypervisor.effective(files)["options"] == options
+
+
+# The next boot.
+
+#: As Debian 13's grub-mkconfig writes it, shortened.
+GRUB = """\
+if [ -s $prefix/grubenv ]; then
+  load_env
+fi
+if [ "${next_entry}" ] ; then
+   set default="${next_entry}"
+   set next_entry=
+   save_env next_entry
+else
+   set default="DEFAULT"
+fi
+function savedefault {
+  if [ -z "${boot_once}" ]; then
+    save_env saved_entry
+  fi
+}
+menuentry 'Proxmox VE GNU/Linux' --class proxmox --class os $menuentry_id_option 'gnulinux-simple-1b2c' {
+\tload_video
+\tif [ "${grub_platform}" = xen ]; then insmod xzio; fi
+\techo\t'Loading Linux 6.17.2-1-pve ...'
+\tlinux\t/boot/vmlinuz-6.17.2-1-pve root=/dev/mapper/pve-root ro  quiet iommu=pt
+\tinitrd\t/boot/initrd.img-6.17.2-1-pve
+}
+submenu 'Advanced options for Proxmox VE GNU/Linux' $menuentry_id_option 'gnulinux-advanced-1b2c' {
+\tmenuentry 'Proxmox VE, with Linux 6.17.2-1-pve' $menuentry_id_option 'gnulinux-6.17.2-1-pve-advanced-1b2c' {
+\t\tlinux\t/boot/vmlinuz-6.17.2-1-pve root=/dev/mapper/pve-root ro  quiet iommu=pt
+\t}
+\tmenuentry 'Proxmox VE, with Linux 6.14.8-2-pve' $menuentry_id_option 'gnulinux-6.14.8-2-pve-advanced-1b2c' {
+\t\tlinux\t/boot/vmlinuz-6.14.8-2-pve root=/dev/mapper/pve-root ro  quiet
+\t}
+}
+if [ "$grub_platform" = "efi" ]; then
+\tmenuentry 'UEFI Firmware Settings' $menuentry_id_option 'uefi-firmware' {
+\t\tfwsetup
+\t}
+fi
+"""
+NEW, OLD = "6.17.2-1-pve", "6.14.8-2-pve"
+
+
+@pytest.mark.parametrize(
+    ("default", "environment", "kernel"),
+    [
+        ("0", "", NEW),
+        ("1>1", "", OLD),
+        ("gnulinux-advanced-1b2c>gnulinux-6.14.8-2-pve-advanced-1b2c", "", OLD),
+        ("Advanced options for Proxmox VE GNU/Linux>Proxmox VE, with Linux 6.14.8-2-pve", "", OLD),
+        ("${saved_entry}", "# GRUB Environment Block\nsaved_entry=1>1\n####", OLD),
+        ("${saved_entry}", "", NEW),
+        ("0", "next_entry=1>1\n", OLD),
+        ("0", "next_entry=\n", NEW),
+        # GRUB boots the first entry when there is none of that name.
+        ("gnulinux-advanced-1b2c>gnulinux-5.15-advanced-1b2c", "", NEW),
+        ("7", "", NEW),
+    ],
+)
+def test_default_entry_of_grub(default: str, environment: str, kernel: str) -> None:
+    found = hypervisor.grub_entry(GRUB.replace("DEFAULT", default), environment)
+
+    assert found is not None
+    assert found["kernel"] == kernel
+    assert found["words"].split()[:2] == ["root=/dev/mapper/pve-root", "ro"]
+
+
+@pytest.mark.parametrize("config", ["", "menuentry 'Memory test' {\n\tlinux16 /boot/memtest86+.bin\n}\n", "{\n{\n'\n"])
+def test_grub_configuration_without_a_kernel(config: str) -> None:
+    assert hypervisor.grub_entry(config, "") is None
+
+
+GRUB_BOOT = "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/mapper/pve-root ro quiet"
+SYSTEMD_BOOT = r"initrd=\EFI\proxmox\6.14.8-2-pve\initrd.img-6.14.8-2-pve root=ZFS=rpool/ROOT/pve-1 boot=zfs"
+
+
+def installed(root: Path, *kernels: str) -> None:
+    for kernel in kernels:
+        put(root, f"boot/vmlinuz-{kernel}", "")
+        put(root, f"usr/lib/modules/{kernel}/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko.zst: kernel/x.ko\n")
+
+
+def test_grub_boots_its_default_entry(tmp_path: Path) -> None:
+    installed(tmp_path, OLD, NEW)
+    put(tmp_path, "boot/grub/grub.cfg", GRUB.replace("DEFAULT", "1>1"))
+    put(tmp_path, "etc/kernel/proxmox-boot-pin", f"{NEW}\n")
+    # A file that only systemd-boot follows proves nothing.
+    put(tmp_path, "etc/kernel/cmdline", "root=ZFS=rpool/ROOT/pve-1\n")
+
+    found = hypervisor.next_boot(tmp_path, GRUB_BOOT)
+
+    assert (found["kernel"], found["by"], found["pinned"]) == (OLD, "/boot/grub/grub.cfg", NEW)
+    assert (found["installed"], found["vfio"]) == (True, "module")
+    assert (found["cmdline"].split(), found["cmdline_source"]) == (
+        ["root=/dev/mapper/pve-root", "ro", "quiet"],
+        "/boot/grub/grub.cfg",
+    )
+    assert found["initramfs"]["path"].endswith(f"/boot/initrd.img-{OLD}")
+    assert found["initramfs"]["missing"] is True
+
+
+def test_grub_on_an_efi_partition_is_known_by_its_settings(tmp_path: Path) -> None:
+    installed(tmp_path, "6.8.12-9-pve", "6.8.12-11-pve", "6.8.12-11-pve.old")
+    put(tmp_path, "boot/grub/grub.cfg", GRUB.replace("DEFAULT", "0"))
+    put(tmp_path, "etc/kernel/proxmox-boot-uuids", "ABCD-1234\n")
+    put(tmp_path, "etc/default/grub", 'GRUB_CMDLINE_LINUX_DEFAULT="quiet"\nGRUB_CMDLINE_LINUX="root=ZFS=r"\n')
+    add = 'GRUB_CMDLINE_LINUX_DEFAULT="$GRUB_CMDLINE_LINUX_DEFAULT iommu=pt"\n'
+    put(tmp_path, "etc/default/grub.d/gpulab.cfg", add)
+
+    found = hypervisor.next_boot(tmp_path, GRUB_BOOT)
+
+    assert (found["kernel"], found["by"], found["copied"]) == ("6.8.12-11-pve", "the newest kernel in /boot", True)
+    assert (found["cmdline"], found["cmdline_source"]) == ("root=ZFS=r quiet iommu=pt", "/etc/default/grub")
+
+
+@pytest.mark.parametrize(
+    ("pins", "kernel", "by"),
+    [
+        ({}, NEW, "the newest kernel in /boot"),
+        ({"proxmox-boot-pin": OLD}, OLD, "/etc/kernel/proxmox-boot-pin"),
+        ({"proxmox-boot-pin": NEW, "next-boot-pin": OLD}, OLD, "/etc/kernel/next-boot-pin"),
+    ],
+)
+def test_systemd_boot_follows_pins_and_its_own_file(tmp_path: Path, pins: dict[str, str], kernel: str, by: str) -> None:
+    installed(tmp_path, OLD, NEW)
+    put(tmp_path, "boot/grub/grub.cfg", GRUB.replace("DEFAULT", "1>1"))
+    put(tmp_path, "etc/kernel/cmdline", "root=ZFS=rpool/ROOT/pve-1 boot=zfs iommu=pt\n")
+    for name, pinned in pins.items():
+        put(tmp_path, f"etc/kernel/{name}", f"{pinned}\n")
+
+    found = hypervisor.next_boot(tmp_path, SYSTEMD_BOOT)
+
+    assert (found["kernel"], found["by"]) == (kernel, by)
+    assert (found["cmdline"], found["cmdline_source"]) == (
+        "root=ZFS=rpool/ROOT/pve-1 boot=zfs iommu=pt",
+        "/etc/kernel/cmdline",
+    )
+
+
+def test_systemd_boot_without_its_file_boots_with_what_runs(tmp_path: Path) -> None:
+    found = hypervisor.next_boot(tmp_path, SYSTEMD_BOOT)
+
+    assert (found["cmdline"], found["cmdline_source"]) == (SYSTEMD_BOOT, "/proc/cmdline")
+
+
+@pytest.mark.parametrize(
+    ("dep", "builtin", "how"),
+    [
+        ("kernel/drivers/vfio/pci/vfio-pci.ko: kernel/drivers/vfio/vfio.ko\n", "", "module"),
+        ("", "kernel/drivers/vfio/pci/vfio-pci.ko\n", "built in"),
+        ("kernel/drivers/vfio/pci/vfio-pci-core.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n", "", None),
+        ("kernel/net/x.ko: kernel/drivers/vfio/pci/vfio-pci.ko\n", "", None),
+    ],
+)
+def test_how_a_kernel_has_vfio_pci(tmp_path: Path, dep: str, builtin: str, how: str | None) -> None:
+    put(tmp_path, "modules.dep", dep)
+    put(tmp_path, "modules.builtin", builtin)
+
+    assert hypervisor.vfio_pci(tmp_path) == how
 
 
 def cpio(files: dict[str, str]) -> bytes:
@@ -118,8 +301,34 @@ def tar(files: dict[str, str]) -> bytes:
     return out.getvalue()
 
 
-MAIN = {"init": "#!/bin/sh", "lib/modules/big.ko": "x" * 3_000_001, "etc/modprobe.d/gpulab.conf": VFIO, "z": "end"}
+SCRIPT = """\
+#!/bin/sh
+# 0000:09:00.0 10de:ffff
+if declared 0000:01:00.0 10de:24b0 && declared 0000:01:00.1 10de:228b; then
+    echo vfio-pci > "/sys/bus/pci/devices/0000:01:00.0/driver_override"
+fi
+"""
+CLAIMS = {"0000:01:00.0": "10de:24b0", "0000:01:00.1": "10de:228b"}
+MAIN = {
+    "init": "#!/bin/sh",
+    "usr/lib/modules/big.ko": "x" * 3_000_001,
+    "usr/lib/modules/6.14.8-2-pve/kernel/drivers/vfio/pci/vfio-pci.ko": "",
+    "etc/modprobe.d/gpulab.conf": VFIO,
+    "scripts/init-top/ORDER": '/scripts/init-top/gpulab-vfio "$@"\n[ -e /conf/param.conf ] && . /conf/param.conf\n',
+    "scripts/init-top/gpulab-vfio": SCRIPT,
+    "z": "end",
+}
 EARLY = cpio({"kernel/x86/microcode/GenuineIntel.bin": "y" * 1001}) + b"\0" * 700
+#: Debian 13 leaves what is compressed already outside of the packed archive.
+UNPACKED = cpio({"usr/lib/modules/6.12/kernel/drivers/vfio/pci/vfio-pci.ko.xz": "x" * 70}) + b"\0" * 300
+
+
+def packed(tool: str, data: bytes) -> bytes:
+    """What a compressor of initramfs-tools makes of an archive; empty when it is not on this machine."""
+    if shutil.which(tool) is None:
+        return b""
+    words = {"lz4": ["-l", "-9"]}.get(tool, [])
+    return subprocess.run([tool, *words, "-c"], input=data, capture_output=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
@@ -129,19 +338,39 @@ EARLY = cpio({"kernel/x86/microcode/GenuineIntel.bin": "y" * 1001}) + b"\0" * 70
         gzip.compress(cpio({f"./{name}": text for name, text in MAIN.items()})),
         EARLY + gzip.compress(cpio(MAIN)),
         EARLY + EARLY + gzip.compress(cpio(MAIN)),
+        EARLY
+        + UNPACKED
+        + gzip.compress(cpio({name: text for name, text in MAIN.items() if "vfio-pci.ko" not in name})),
         EARLY + cpio(MAIN),
         tar(MAIN),
         gzip.compress(tar({f"./{name}": text for name, text in MAIN.items()})),
     ],
-    ids=["plain", "packed", "microcode", "two early", "early and plain", "tar", "packed tar"],
+    ids=["plain", "packed", "microcode", "two early", "debian 13", "early and plain", "tar", "packed tar"],
 )
-def test_modprobe_files_of_an_initramfs(tmp_path: Path, image: bytes) -> None:
+def test_initramfs_is_read(tmp_path: Path, image: bytes) -> None:
     path = tmp_path / "initrd.img"
     path.write_bytes(image)
 
     found = hypervisor.initramfs(path)
 
-    assert found == {"path": str(path), "vfio_ids": ["10de:24b0", "10de:228b"], "blacklist": ["nouveau"]}
+    assert found == {
+        "path": str(path),
+        "vfio": True,
+        "claims": CLAIMS,
+        "options": OPTIONS,
+        "blacklist": ["nouveau"],
+    }
+
+
+@pytest.mark.parametrize("tool", ["zstd", "lz4", "xz", "bzip2"])
+def test_initramfs_of_every_compressor(tmp_path: Path, tool: str) -> None:
+    path = tmp_path / "initrd.img"
+    archive = packed(tool, cpio(MAIN))
+    if not archive:
+        pytest.skip(f"{tool} is not on this machine")
+    path.write_bytes(EARLY + archive)
+
+    assert hypervisor.initramfs(path)["claims"] == CLAIMS
 
 
 @pytest.mark.parametrize("image", [b"", b"words", EARLY + gzip.compress(cpio(MAIN))[:-2000], cpio(MAIN)[:500]])
@@ -151,14 +380,50 @@ def test_damaged_initramfs_is_told(tmp_path: Path, image: bytes) -> None:
 
     found = hypervisor.initramfs(path)
 
-    assert found.get("error") or found["vfio_ids"] == []
+    assert found.get("error") or found["claims"] == {}
+    assert not found.get("missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_it"),
+    [
+        ("usr/lib/modules/6.12/kernel/drivers/vfio/pci/vfio-pci.ko.xz", True),
+        ("lib/modules/6.14.8-2-pve/vfio_pci", True),
+        ("usr/lib/modules/6.12/kernel/drivers/vfio/pci/vfio-pci-core.ko.xz", False),
+        ("usr/lib/modules/6.12/kernel/drivers/vfio/vfio.ko.xz", False),
+        ("etc/modprobe.d/vfio-pci.conf", False),
+    ],
+)
+def test_module_in_an_initramfs(tmp_path: Path, name: str, is_it: bool) -> None:
+    path = tmp_path / "initrd.img"
+    path.write_bytes(cpio({name: ""}))
+
+    assert hypervisor.initramfs(path)["vfio"] is is_it
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"scripts/init-bottom/gpulab-vfio": SCRIPT},
+        # Not executable: initramfs-tools packs it and does not run it.
+        {"scripts/init-top/gpulab-vfio": SCRIPT, "scripts/init-top/ORDER": '/scripts/init-top/udev "$@"\n'},
+        {"scripts/init-top/other": SCRIPT.replace("vfio-pci", "nvidia")},
+    ],
+    ids=["too late", "not run", "another driver"],
+)
+def test_scripts_that_give_vfio_pci_nothing(files: dict[str, str]) -> None:
+    assert hypervisor.claims(files) == {}
+
+
+def test_script_counts_where_no_order_is_written() -> None:
+    assert hypervisor.claims({"scripts/init-top/gpulab-vfio": SCRIPT}) == CLAIMS
 
 
 def test_stronger_folder_of_an_initramfs_wins(tmp_path: Path) -> None:
     path = tmp_path / "initrd.img"
     path.write_bytes(cpio({"etc/modprobe.d/a.conf": VFIO, "usr/lib/modprobe.d/a.conf": "options vfio-pci ids=9:9"}))
 
-    assert hypervisor.initramfs(path)["vfio_ids"] == ["10de:24b0", "10de:228b"]
+    assert hypervisor.initramfs(path)["options"] == OPTIONS
 
 
 # The guest.

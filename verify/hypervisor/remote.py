@@ -7,10 +7,12 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,15 @@ MODPROBE_FOLDERS = (
     "usr/lib/modprobe.d",
     "lib/modprobe.d",
 )
+PARAMETERS = ("vfio_pci.disable_idle_d3", "vfio_iommu_type1.allow_unsafe_interrupts")
+#: proxmox-boot-tool's notes of the kernel that is to boot, the stronger one first.
+PINS = ("etc/kernel/next-boot-pin", "etc/kernel/proxmox-boot-pin")
+#: vfio-pci as a file of modules or as a line about one; not vfio-pci-core.
+VFIO_PCI = r"vfio[-_]pci(?![-\w])"
+#: A function's address and the id that is expected there, side by side.
+CLAIM = re.compile(r"\b([0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\s+([0-9a-f]{4}:[0-9a-f]{4})\b")
+#: What an initramfs runs before udev loads any driver.
+EARLY_SCRIPTS = "scripts/init-top"
 #: First bytes of a compressed initramfs, and what unpacks it.
 COMPRESSIONS = {
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -36,17 +47,22 @@ COMPRESSIONS = {
 def observe(root: Path) -> dict[str, Any]:
     """The node below `root`."""
     cmdline = word(root / "proc/cmdline") or ""
-    kernel = booted_kernel(cmdline) or word(root / "proc/sys/kernel/osrelease") or ""
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", word(root / "proc/cpuinfo") or "", re.MULTILINE)
     version = output(["pveversion"]) if root == Path("/") else ""
     return {
         "pve_version": version.strip(),
         "cmdline": cmdline,
-        "kernel": kernel,
+        "kernel": booted_kernel(cmdline) or word(root / "proc/sys/kernel/osrelease") or "",
+        "cpu": vendor[1] if vendor else None,
         "iommus": names(root / "sys/class/iommu"),
-        "groups": names(root / "sys/kernel/iommu_groups"),
+        "groups": {path.name: word(path / "type") for path in entries(root / "sys/kernel/iommu_groups")},
         "devices": {path.name: device(path) for path in entries(root / "sys/bus/pci/devices")},
+        # A part of the kernel has no `initstate`.
+        "modules": [path.name for path in entries(root / "sys/module") if (path / "initstate").exists()],
+        "parameters": {name: parameter(root, name) for name in PARAMETERS},
+        "hugepages": hugepages(root),
         "modprobe": effective(modprobe_files(root)),
-        "initramfs": initramfs(root / f"boot/initrd.img-{kernel}"),
+        "next_boot": next_boot(root, cmdline),
         "simulated": ["pveversion"] if "simulated" in version.lower() else [],
     }
 
@@ -58,15 +74,144 @@ def booted_kernel(cmdline: str) -> str:
 
 
 def device(path: Path) -> dict[str, Any]:
-    """One PCI function: ids as `10de:24b0`, None for what it does not have."""
+    """One PCI function: ids as `10de:24b0`, class and subclass as `0300`, None for what it does not have."""
     ids = [(word(path / name) or "").removeprefix("0x") for name in ("vendor", "device")]
+    class_ = (word(path / "class") or "").removeprefix("0x")[:4]
+    resets = word(path / "reset_method")
     return {
         "id": ":".join(ids),
+        "class": class_,
         "driver": link(path / "driver"),
         "group": link(path / "iommu_group"),
-        # A PCI bridge has buses of its own; it stays with the host.
-        "bridge": (path / "pci_bus").exists() or (word(path / "class") or "").startswith("0x0604"),
+        # A bridge stays with the host. One between PCI buses has buses of its own; 0600 is a host bridge.
+        "bridge": (path / "pci_bus").exists() or class_ in ("0600", "0604"),
+        "reset_methods": None if resets is None else resets.split(),
     }
+
+
+def parameter(root: Path, name: str) -> str | None:
+    """The value of a loaded module's parameter; None: not loaded, or it has none of that name."""
+    module, _, key = name.partition(".")
+    return word(root / "sys/module" / module / "parameters" / key)
+
+
+def hugepages(root: Path) -> dict[str, int]:
+    """Size in KiB to the number of huge pages of that size."""
+    found = {}
+    for path in entries(root / "sys/kernel/mm/hugepages"):
+        size, number = re.fullmatch(r"hugepages-(\d+)kB", path.name), word(path / "nr_hugepages")
+        if size and number:
+            found[size[1]] = int(number)
+    return found
+
+
+def next_boot(root: Path, cmdline: str) -> dict[str, Any]:
+    """What the next boot will load: kernel, command line and initramfs.
+
+    Where GRUB reads /boot, the default entry of its grub.cfg decides. Copies on EFI partitions that proxmox-boot-tool
+    looks after are not read: what they are made from stands in for them.
+    """
+    entry, words, source = None, word(root / "etc/kernel/cmdline"), "/etc/kernel/cmdline"
+    copied = (root / "etc/kernel/proxmox-boot-uuids").exists()
+    config = word(root / "boot/grub/grub.cfg")
+    if "BOOT_IMAGE=" in cmdline or (config and "initrd=" not in cmdline):
+        environment = word(root / "boot/grub/grubenv") or ""
+        entry = None if copied else grub_entry(config or "", environment)
+        words = entry["words"] if entry else grub_settings(root)
+        source = "/boot/grub/grub.cfg" if entry else "/etc/default/grub"
+    elif words is None:
+        # What proxmox-boot-tool falls back to.
+        words, source = cmdline, "/proc/cmdline"
+    pins = [(pinned.split()[0], f"/{path}") for path in PINS if (pinned := word(root / path))]
+    kernel, by = installed_kernel(root), "the newest kernel in /boot"
+    if entry:
+        kernel, by = entry["kernel"], source
+    elif pins:
+        kernel, by = pins[0]
+    return {
+        "kernel": kernel,
+        "by": by,
+        "pinned": pins[0][0] if pins else None,
+        "installed": kernel is not None and (root / f"boot/vmlinuz-{kernel}").exists(),
+        "vfio": vfio_pci(root / f"usr/lib/modules/{kernel}"),
+        "cmdline": words,
+        "cmdline_source": source,
+        "copied": copied,
+        "initramfs": initramfs(root / f"boot/initrd.img-{kernel}"),
+    }
+
+
+def installed_kernel(root: Path) -> str | None:
+    """The newest kernel in /boot."""
+    found = [path.name.removeprefix("vmlinuz-") for path in (root / "boot").glob("vmlinuz-*")]
+    whole = [name for name in found if not re.search(r"\.(old|bak|dpkg-\w+)$", name)]
+    return max(whole, default=None, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+
+
+def vfio_pci(folder: Path) -> str | None:
+    """How the kernel with that folder of modules has vfio-pci: `module`, `built in`, or not at all."""
+    for list_, how in (("modules.builtin", "built in"), ("modules.dep", "module")):
+        if re.search(rf"^\S*/{VFIO_PCI}", word(folder / list_) or "", re.MULTILINE):
+            return how
+    return None
+
+
+def grub_entry(config: str, environment: str) -> dict[str, Any] | None:
+    """The entry of a grub.cfg that boots by default, with `kernel` and `words`; None: no entry boots a kernel."""
+    variables = dict(line.split("=", 1) for line in environment.splitlines() if "=" in line and line[:1] != "#")
+    default = "0"
+    for value in re.findall(r"^\s*set default=(.*)$", config, re.MULTILINE):
+        value = value.strip().strip("\"'")
+        variable = re.fullmatch(r"\$\{?(\w+)\}?", value)
+        value = variables.get(variable[1], "") if variable else value
+        default = value or default
+        if value and variable and variable[1] == "next_entry":
+            break  # what follows is the other branch, for a boot without it
+    here = grub_menu(iter(config.splitlines()))
+    first = next((entry for entry in here if entry["kernel"]), None)
+    chosen = None
+    for part in default.split(">"):
+        by_name = (entry for entry in here if part in entry["names"])
+        by_number = here[int(part)] if part.isdigit() and int(part) < len(here) else None
+        chosen = next(by_name, by_number)
+        here = chosen["menu"] if chosen else []
+    return chosen if chosen and chosen["kernel"] else first
+
+
+def grub_menu(lines: Iterator[str]) -> list[dict[str, Any]]:
+    """The entries of a menu, up to its closing brace: title and id, then `kernel` and `words`, or a `menu` below."""
+    found = []
+    for line in lines:
+        head = line.strip()
+        if head == "}":
+            break
+        if head.endswith("{"):
+            below = grub_menu(lines)
+            if head.startswith(("menuentry ", "submenu ")):
+                boots = [entry for entry in below if not entry["names"]]
+                loads = boots[0] if boots else {"kernel": None, "words": ""}
+                menu = [entry for entry in below if entry["names"]]
+                found.append({**loads, "names": grub_names(head), "menu": menu})
+        elif loaded := re.match(r"linux(?:16|efi)?\s+\S*vmlinuz-(\S+)\s*(.*)", head):
+            found.append({"names": [], "kernel": loaded[1], "words": loaded[2], "menu": []})
+    return found
+
+
+def grub_names(head: str) -> list[str]:
+    """What an entry can be called by: its title and its id, from `menuentry 'title' … $menuentry_id_option 'id' {`."""
+    try:
+        words = shlex.split(head)
+    except ValueError:
+        words = head.split()
+    ids = [after for before, after in pairwise(words) if before in ("--id", "$menuentry_id_option")]
+    return [words[1], *ids]
+
+
+def grub_settings(root: Path) -> str:
+    """The words that update-grub would give every entry."""
+    read = '. "$1/etc/default/grub"; for file in "$1"/etc/default/grub.d/*.cfg; do [ ! -e "$file" ] || . "$file"; done'
+    say = 'echo "$GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT"'
+    return output(["sh", "-c", f"{read}; {say}", "sh", str(root).rstrip("/")]).strip()
 
 
 def modprobe_files(root: Path) -> dict[str, str]:
@@ -80,62 +225,89 @@ def modprobe_files(root: Path) -> dict[str, str]:
 
 
 def effective(files: dict[str, str]) -> dict[str, Any]:
-    """What modprobe's files come to: the ids that vfio-pci takes and the blacklisted modules.
+    """What modprobe's files come to: the parameters of each module and the blacklisted modules.
 
     Files are read in the order of their names. Options of a module add up; of a parameter given twice the kernel
     takes the last.
     """
-    ids: list[str] = []
+    options: dict[str, dict[str, str]] = {}
     blacklist: set[str] = set()
     for name in sorted(files):
         for line in re.sub(r"\\\n", " ", files[name]).splitlines():
             words = line.split()
             if len(words) >= 2 and words[0] == "blacklist":
                 blacklist.add(words[1].replace("-", "_"))
-            if len(words) >= 3 and words[0] == "options" and words[1].replace("-", "_") == "vfio_pci":
+            if len(words) >= 3 and words[0] == "options":
                 for option in words[2:]:
-                    if option.startswith("ids="):
-                        ids = [value.lower() for value in option.removeprefix("ids=").strip('"').split(",")]
-    return {"vfio_ids": ids, "blacklist": sorted(blacklist)}
+                    key, _, value = option.partition("=")
+                    options.setdefault(words[1].replace("-", "_"), {})[key] = value.strip('"')
+    return {"options": options, "blacklist": sorted(blacklist)}
 
 
 def initramfs(path: Path) -> dict[str, Any]:
-    """What modprobe's files inside an initramfs come to, or `error`."""
-    files: dict[str, str] = {}
+    """What an initramfs does about vfio-pci, or `error`. `missing`: there is no such file.
+
+    `claims`: function address to id, as scripts name them that run before udev and know vfio-pci.
+    """
+    texts: dict[str, str] = {}
+    vfio = False
     try:
-        found = dict(initramfs_files(path))
-        for folder in MODPROBE_FOLDERS:
-            for name, text in found.items():
-                if Path(name).parent.as_posix() == folder:
-                    files.setdefault(Path(name).name, text)
+        for name, text in initramfs_members(path):
+            if text is not None:
+                texts[name] = text
+            elif re.search(VFIO_PCI, name):
+                vfio = True
     except (OSError, ValueError, tarfile.TarError) as error:
-        return {"path": str(path), "error": str(error)}
-    return {"path": str(path), **effective(files)}
+        return {"path": str(path), "error": str(error), "missing": isinstance(error, FileNotFoundError)}
+    files: dict[str, str] = {}
+    for folder in MODPROBE_FOLDERS:
+        for name, text in texts.items():
+            if Path(name).parent.as_posix() == folder:
+                files.setdefault(Path(name).name, text)
+    return {"path": str(path), "vfio": vfio, "claims": claims(texts), **effective(files)}
 
 
-def initramfs_files(path: Path) -> Iterator[tuple[str, str]]:
-    """Path and text of each modprobe file in an initramfs: plain archives first, one packed one last."""
+def claims(texts: dict[str, str]) -> dict[str, str]:
+    """The functions that the scripts of an initramfs give to vfio-pci, with the ids that they expect there."""
+    # initramfs-tools runs what this file names; a script that is not executable is not in it.
+    order = texts.get(f"{EARLY_SCRIPTS}/ORDER")
+    found: dict[str, str] = {}
+    for name, text in texts.items():
+        folder, _, script = name.rpartition("/")
+        runs = order is None or re.search(rf"/{re.escape(script)}(\s|$)", order, re.MULTILINE)
+        if folder == EARLY_SCRIPTS and script != "ORDER" and "vfio-pci" in text and runs:
+            commands = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+            found |= dict(CLAIM.findall("\n".join(commands)))
+    return found
+
+
+def initramfs_members(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Path of each file in an initramfs: plain archives first, one packed one last. Text: of those that are judged.
+
+    Debian 13 puts the microcode into a first archive, modules that are compressed themselves into a second one, and
+    packs all the rest.
+    """
     with open(path, "rb") as file:
         while True:
             start = skip_padding(file)
             if start.startswith(b"07070"):
-                yield from cpio_files(file)
+                yield from cpio_members(file)
                 continue
             break
         if not start:
             return
         tool = next((tool for magic, tool in COMPRESSIONS.items() if start.startswith(magic)), None)
         if tool is None:
-            yield from tar_files(file)
+            yield from tar_members(file)
             return
         # The child reads the descriptor, which stands further on than Python's buffer does.
         os.lseek(file.fileno(), file.tell(), os.SEEK_SET)
         with subprocess.Popen([tool, "-dc"], stdin=file, stdout=subprocess.PIPE) as unpacked:
             stream = io.BufferedReader(unpacked.stdout, 2**20)  # type: ignore[type-var]
             if stream.peek(6)[:5] == b"07070":
-                yield from cpio_files(stream)
+                yield from cpio_members(stream)
             else:
-                yield from tar_files(stream)
+                yield from tar_members(stream)
             # The tool would die of a closed pipe.
             while stream.read(2**20):
                 pass
@@ -157,14 +329,15 @@ def skip_padding(file: IO[bytes]) -> bytes:
             return start
 
 
-def is_modprobe_file(name: str) -> bool:
-    """Is a member of an archive (`./etc/modprobe.d/x.conf`) one that modprobe reads?"""
+def judged(name: str) -> bool:
+    """Is a member of an archive one that modprobe reads, or a script that runs before udev?"""
     path = Path(name)
-    return path.parent.as_posix() in MODPROBE_FOLDERS and path.suffix == ".conf"
+    folder = path.parent.as_posix()
+    return folder == EARLY_SCRIPTS or (folder in MODPROBE_FOLDERS and path.suffix == ".conf")
 
 
-def cpio_files(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """The modprobe files in one archive of the kind `newc`; the stream then stands behind it."""
+def cpio_members(stream: IO[bytes]) -> Iterator[tuple[str, str | None]]:
+    """The members of one archive of the kind `newc`; the stream then stands behind it."""
     while True:
         header = stream.read(110)
         if not header.startswith(b"07070") or len(header) < 110:
@@ -174,25 +347,23 @@ def cpio_files(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
         name = stream.read(name_size + -(110 + name_size) % 4)[: name_size - 1].decode(errors="replace")
         if name == "TRAILER!!!":
             return
-        padding = -size % 4
-        if is_modprobe_file(name):
-            yield Path(name).as_posix(), stream.read(size + padding)[:size].decode(errors="replace")
-            continue
-        left = size + padding
+        left, kept = size + -size % 4, []
         while left > 0:
             chunk = stream.read(min(left, 2**20))
             if not chunk:
                 raise ValueError("the archive ends in the middle of a file")
             left -= len(chunk)
+            if judged(name):
+                kept.append(chunk)
+        yield Path(name).as_posix(), b"".join(kept)[:size].decode(errors="replace") if judged(name) else None
 
 
-def tar_files(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
+def tar_members(stream: IO[bytes]) -> Iterator[tuple[str, str | None]]:
     """The same for a tar archive."""
     with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for member in archive:
-            content = archive.extractfile(member) if is_modprobe_file(member.name) else None
-            if content:
-                yield Path(member.name).as_posix(), content.read().decode(errors="replace")
+            content = archive.extractfile(member) if judged(member.name) else None
+            yield Path(member.name).as_posix(), content.read().decode(errors="replace") if content else None
 
 
 def word(path: Path) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Does the node boot as declared, and does it hand its GPUs over?"""
+"""Is the node booted as declared, and does it hand its GPUs over?"""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Callable
 import pytest
 
 from inventory import Node
-from inventory.schema import PassthroughDevice
+from verify.hypervisor.declared import OFF, functions, kind, lacking, placed, slot, vfio_options
 from verify.observations import Observation
-from verify.verdicts import Broken, inconclusive, not_run
+from verify.verdicts import Broken, not_run
 
 pytestmark = pytest.mark.on("nodes")
 
 DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 SUPPORTED = ("8", "9")
+#: Size of huge pages in KiB, as sysfs names it.
+PAGE_KIB = {"2M": "2048", "1G": "1048576"}
 
 
 @pytest.mark.critical
@@ -45,13 +47,29 @@ def test_iommu_is_on(node: Node, hypervisor: Observation, seen: Callable[[str], 
 
 @pytest.mark.major
 @pytest.mark.promise("hypervisor.cmdline", fix=DEPLOY)
-def test_kernel_was_booted_with_the_declared_options(node: Node, hypervisor: Observation) -> None:
-    words = hypervisor["cmdline"].split()
-    if node.passthrough.iommu_pt:
-        assert "iommu=pt" in words, (
-            f"{node.name}: booted with `{hypervisor['cmdline']}`, expected iommu=pt in it; "
-            "was the boot loader's configuration written and the node rebooted since?"
+def test_kernel_was_booted_with_the_declared_options(
+    node: Node, hypervisor: Observation, seen: Callable[[str], None]
+) -> None:
+    missing = lacking(node, hypervisor["cmdline"], hypervisor["kernel"], hypervisor["cpu"])
+    assert not missing, (
+        f"{node.name}: booted with `{hypervisor['cmdline']}`, expected {', '.join(missing)} in it; "
+        "was the boot loader's configuration written and the node rebooted since?"
+    )
+    types = {number: type_ for number, type_ in hypervisor["groups"].items() if number in host_groups(hypervisor)}
+    if node.passthrough.iommu_pt and any(types.values()):
+        assert "identity" in types.values(), (
+            f"{node.name}: booted with iommu=pt, but no IOMMU group of the host's own devices is of the type identity: "
+            + ", ".join(f"group {number} {type_}" for number, type_ in types.items())
         )
+    seen(hypervisor["cmdline"])
+
+
+@pytest.mark.major
+@pytest.mark.promise("hypervisor.kernel", fix=DEPLOY)
+def test_declared_kernel_runs(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
+    wanted, running = node.passthrough.kernel, hypervisor["kernel"]
+    assert wanted in (None, running), f"{node.name}: kernel {running} runs, expected {wanted}"
+    seen(running if wanted else f"{running}; none declared")
 
 
 @pytest.mark.critical
@@ -59,28 +77,34 @@ def test_kernel_was_booted_with_the_declared_options(node: Node, hypervisor: Obs
 def test_declared_cards_are_where_they_are_declared(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
+    told = []
     for device in node.passthrough.devices:
-        found = [hypervisor["devices"][name]["id"] for name in functions(hypervisor, device)]
-        assert found, f"{node.name}: nothing at {device.address}, expected {device.card.name} ({device.name})"
-        assert found[0] == device.id, f"{node.name}: {device.address}.0 is {found[0]}, expected {device.id}"
+        place = slot(node, hypervisor, device)
+        found = [function["id"] for function in functions(hypervisor, place).values()]
+        assert found, f"{node.name}: nothing at {place}, expected {device.card.name} ({device.name})"
+        assert found[0] == device.id, f"{node.name}: {place}.0 is {found[0]}, expected {device.id}"
         strange = [id_ for id_ in found if id_ not in device.card.functions]
         assert not strange, (
-            f"{node.name}: {device.address} has a function {', '.join(strange)}, "
+            f"{node.name}: {place} has a function {', '.join(strange)}, "
             f"expected only {', '.join(device.card.functions)}"
         )
-    seen(", ".join(f"{device.card.name} at {device.address}" for device in node.passthrough.devices))
+        told.append(f"{device.card.name} at {place}")
+    seen(", ".join(told))
 
 
 @pytest.mark.critical
 @pytest.mark.promise("hypervisor.vfio.bound", fix=DEPLOY)
 def test_vfio_pci_drives_every_function_of_the_cards(node: Node, hypervisor: Observation) -> None:
     wrong = [
-        f"{name} by {hypervisor['devices'][name]['driver'] or 'no driver'}"
-        for device in present(node, hypervisor)
-        for name in functions(hypervisor, device)
-        if hypervisor["devices"][name]["driver"] != "vfio-pci"
+        f"{name} by {function['driver'] or 'no driver'}"
+        for card in placed(node, hypervisor)
+        for name, function in card.functions.items()
+        if function["driver"] != "vfio-pci"
     ]
-    assert not wrong, f"{node.name}: driven {', '.join(wrong)}; expected all by vfio-pci"
+    message = f"{node.name}: driven {', '.join(wrong)}; expected all by vfio-pci"
+    if wrong and OFF in hypervisor["cmdline"].split():
+        raise Broken(f"{message}: this boot was told {OFF}", "reboot {host}")
+    assert not wrong, f"{message}; `dmesg | grep gpulab` on the node says what the initramfs did"
 
 
 @pytest.mark.critical
@@ -90,73 +114,94 @@ def test_cards_are_alone_in_their_iommu_groups(
 ) -> None:
     if not hypervisor["groups"]:
         not_run(f"{node.name} has no IOMMU groups")
+    pretended = [word for word in hypervisor["cmdline"].split() if word.startswith("pcie_acs_override=")]
+    if pretended and node.passthrough.pcie_acs_override is None:
+        raise Broken(
+            f"{node.name}: booted with {pretended[0]}, which is not declared: its groups only pretend to be isolated",
+            "take it off the kernel's command line of {host}, or declare `pcie_acs_override` in {lab}",
+        )
     told = []
-    for device in present(node, hypervisor):
-        own = functions(hypervisor, device)
-        groups = sorted({str(hypervisor["devices"][name]["group"]) for name in own})
-        assert len(groups) == 1, f"{node.name}: {device.address} is in IOMMU groups {', '.join(groups)}, expected one"
+    for card in placed(node, hypervisor):
+        place, device = card.slot, card.device
+        groups = sorted({str(function["group"]) for function in card.functions.values()})
+        assert len(groups) == 1, f"{node.name}: {place} is in IOMMU groups {', '.join(groups)}, expected one"
         assert device.iommu_group is None or groups[0] == str(device.iommu_group), (
-            f"{node.name}: {device.address} is in IOMMU group {groups[0]}, expected {device.iommu_group}; "
+            f"{node.name}: {place} is in IOMMU group {groups[0]}, expected {device.iommu_group}; "
             "hardware that was added or a kernel option can move it"
         )
         others = [
-            f"{name} ({other['id']})"
+            f"{name} {other['id']} ({kind(other['class'])}, {other['driver'] or 'no driver'})"
             for name, other in hypervisor["devices"].items()
-            if other["group"] == groups[0] and name not in own and not other["bridge"]
+            if other["group"] == groups[0] and name not in card.functions and not other["bridge"]
         ]
         assert not others or device.allow_shared_group, (
-            f"{node.name}: IOMMU group {groups[0]} of {device.address} also holds {', '.join(others)}, "
+            f"{node.name}: IOMMU group {groups[0]} of {place} also holds {', '.join(others)}, "
             "expected only functions of the card: the guest would get them too"
         )
-        told.append(f"{device.name} in group {groups[0]}")
+        shared = f" with {', '.join(others)}" if others else ""
+        told.append(f"{device.name} in group {groups[0]}{shared}")
+    seen(", ".join([*told, *(f"isolation pretended by {word}" for word in pretended)]))
+
+
+@pytest.mark.major
+@pytest.mark.promise("hypervisor.reset", fix="`reset_methods` of the device in {lab}: see reset_method of it on {host}")
+def test_cards_can_be_reset_as_declared(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
+    told = []
+    for card in placed(node, hypervisor):
+        wanted, found = card.device.reset_methods, card.first["reset_methods"]
+        shown = "(none)" if not found else " ".join(found)
+        assert wanted in (None, found or []), (
+            f"{node.name}: the kernel resets {card.slot}.0 by {shown}, expected {' '.join(wanted or []) or '(none)'}"
+        )
+        told.append(f"{card.device.name}: {shown}" + ("" if wanted is not None else "; none declared"))
     seen(", ".join(told))
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.modprobe", fix=DEPLOY)
-def test_modprobe_gives_the_cards_to_vfio_pci(node: Node, hypervisor: Observation) -> None:
-    missing = sorted(wanted_ids(node) - set(hypervisor["modprobe"]["vfio_ids"]))
-    assert not missing, (
-        f"{node.name}: modprobe's files give vfio-pci the ids "
-        f"{', '.join(hypervisor['modprobe']['vfio_ids']) or '(none)'}, expected {', '.join(missing)} among them; "
-        "was a file in /etc/modprobe.d edited by hand?"
-    )
+@pytest.mark.promise("hypervisor.options", fix=DEPLOY)
+def test_vfio_runs_with_the_declared_options(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
+    wanted, found = vfio_options(node), hypervisor["parameters"]
+    shown = ", ".join(f"{name} {found[name] or '(not loaded)'}" for name in wanted)
+    off = [name for name, value in wanted.items() if value and found[name] not in ("Y", "1")]
+    assert not off, f"{node.name}: {shown}; expected {', '.join(off)} to be Y"
+    on = [name for name, value in wanted.items() if not value and found[name] in ("Y", "1")]
+    if on:
+        keys = ", ".join(f"`{name.partition('.')[2]}`" for name in on)
+        raise Broken(
+            f"{node.name}: {shown}; {', '.join(on)} is not declared, expected N",
+            f"declare {keys} in {{lab}}, or take it out of modprobe.d and the command line of {{host}} and reboot it",
+        )
+    seen(shown)
 
 
 @pytest.mark.major
 @pytest.mark.promise("hypervisor.blacklist", fix=DEPLOY)
-def test_host_drivers_are_kept_off_the_cards(node: Node, hypervisor: Observation) -> None:
+def test_blacklisted_drivers_stay_out(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     wanted = {name.replace("-", "_") for name in node.passthrough.blacklist}
     missing = sorted(wanted - set(hypervisor["modprobe"]["blacklist"]))
     assert not missing, f"{node.name}: not blacklisted for modprobe: {', '.join(missing)}"
+    loaded = sorted(wanted & set(hypervisor["modules"]))
+    assert not loaded, f"{node.name}: loaded though blacklisted: {', '.join(loaded)}"
+    seen(", ".join(sorted(wanted)) or "none declared")
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.initramfs.current", fix="update-initramfs -u -k all on {host}")
-def test_next_boot_gives_the_cards_to_vfio_pci(node: Node, hypervisor: Observation) -> None:
-    inside = hypervisor["initramfs"]
-    if "error" in inside:
-        inconclusive(f"{node.name}: {inside['path']} cannot be read: {inside['error']}")
-    missing = sorted(wanted_ids(node) - set(inside["vfio_ids"]))
-    assert not missing, (
-        f"{node.name}: {inside['path']} gives vfio-pci the ids {', '.join(inside['vfio_ids']) or '(none)'}, expected "
-        f"also {', '.join(missing)}: it is older than modprobe's files, and the next boot would follow it"
+@pytest.mark.promise("hypervisor.hugepages", fix=DEPLOY + "; huge pages are only reliably had at a boot")
+def test_huge_pages_are_set_aside(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
+    wanted = node.passthrough.hugepages
+    if wanted is None:
+        seen("none declared")
+        return
+    found = hypervisor["hugepages"].get(PAGE_KIB[wanted.size], 0)
+    assert found >= wanted.count, (
+        f"{node.name}: {found} huge pages of {wanted.size}, expected {wanted.count}; "
+        "the kernel sets aside what it finds in one piece: is there enough memory?"
     )
+    seen(f"{found} of {wanted.size}")
 
 
-def wanted_ids(node: Node) -> set[str]:
-    """Ids that vfio-pci has to take: all functions of all declared cards."""
-    return {id_ for device in node.passthrough.devices for id_ in device.card.functions}
-
-
-def functions(hypervisor: Observation, device: PassthroughDevice) -> list[str]:
-    """Addresses of the functions that the node has at a declared address."""
-    return sorted(name for name in hypervisor["devices"] if name.startswith(f"{device.address}."))
-
-
-def present(node: Node, hypervisor: Observation) -> list[PassthroughDevice]:
-    """The declared devices; the check is not run when one of them is absent."""
-    for device in node.passthrough.devices:
-        if not functions(hypervisor, device):
-            not_run(f"{node.name} has nothing at {device.address}")
-    return node.passthrough.devices
+def host_groups(hypervisor: Observation) -> set[str]:
+    """The IOMMU groups of devices that drivers of the host use, and vfio-pci none of."""
+    devices = [device for device in hypervisor["devices"].values() if device["group"] and not device["bridge"]]
+    own = {device["group"] for device in devices if device["driver"]}
+    return own - {device["group"] for device in devices if device["driver"] == "vfio-pci"}
