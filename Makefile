@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LAB ?= inventory/lab.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test test-lab lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+.PHONY: help setup test test-lab test-kernel lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test: lint ## lint, types and all fast tests
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
 	pytest -q -m lab tests/lab
+
+test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initramfs, reboots and races
+	@python -m rehearsal packages --kernel
+	pytest -q -m kernel tests/kernel
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
 	@python -m rehearsal rehearse $(if $(KEEP),--keep)
