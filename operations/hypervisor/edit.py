@@ -59,12 +59,6 @@ def grub_words(text: str) -> list[str]:
     return [word for words in found for word in words_of(_GRUB_SELF.sub("", words))]
 
 
-def command_line_without(text: str, written: str, original: str) -> str:
-    """/etc/kernel/cmdline without the words that `written` added to `original`."""
-    ours = _less(words_of(written), words_of(original))
-    return edit_command_line(text, [], ours) if ours else text
-
-
 def grub_without(text: str, written: str) -> str:
     """A snippet without our lines, and without our words in a line that was changed."""
     ours = grub_words(written)

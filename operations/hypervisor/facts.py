@@ -148,7 +148,7 @@ class NodeState:
     `boot_tool_managed`: proxmox-boot-tool looks after the EFI partitions. `iommus`: the IOMMUs in use;
     `firmware_iommu`: what of DMAR (Intel) and IVRS (AMD) the firmware describes. `hugepages`: size in KiB to number.
     `parameters`: `module.parameter` to value. `kept`: what `operations.files` keeps of each file that it wrote, as
-    `{current, original, written: […], touched}`.
+    `{current, original, written: […], found: […], touched}`.
     """
 
     pve_version: str | None

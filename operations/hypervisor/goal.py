@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -248,14 +248,22 @@ def _kernel_cmdline(name: str, state: NodeState, ours: list[str]) -> str:
 
 
 def words_ever(state: NodeState) -> list[str]:
-    """The words that gpulab ever put on this node's command line and that were not there before."""
+    """The words that gpulab ever put on this node's command line, and that were not there before it did."""
     found: list[str] = []
     for path, words in ((GRUB_SNIPPET, edit.grub_words), (KERNEL_CMDLINE, edit.words_of)):
-        kept = state.kept.get(path)
-        if kept is not None:
-            before = words(files.text_of(kept["original"]) or "")
-            found += [word for one in kept["written"] for word in words(files.text_of(one) or "") if word not in before]
+        if (kept := state.kept.get(path)) is not None:
+            found += _added(kept, words)
     return list(dict.fromkeys(found))
+
+
+def _added(kept: Mapping[str, Any], words: Callable[[str], list[str]]) -> list[str]:
+    """What each write brought beside what it found: what somebody added between two of them is not ours."""
+    pairs = zip(kept["found"], kept["written"], strict=True)
+    texts = [(files.text_of(before) or "", files.text_of(after) or "") for before, after in pairs]
+    original = words(files.text_of(kept["original"]) or "")
+    return [
+        word for before, after in texts for word in words(after) if word not in words(before) and word not in original
+    ]
 
 
 def slots_ever(state: NodeState) -> set[str]:
@@ -291,13 +299,18 @@ def still_used(state: NodeState) -> dict[str, HostedGuest]:
 
 def by_hand(state: NodeState) -> list[str]:
     """The files that somebody changed after gpulab wrote them."""
-    return [path for path, kept in state.kept.items() if _changed_by_hand(kept)]
+    return [path for path, kept in state.kept.items() if _changed_by_hand(path, kept)]
 
 
-def _changed_by_hand(kept: Mapping[str, Any]) -> bool:
-    current = kept["current"]
-    versions = [kept["original"], *kept["written"]]
-    return current is not None and not any(_same(current, one) for one in versions)
+def _changed_by_hand(path: str, kept: Mapping[str, Any]) -> bool:
+    current, written = kept["current"], kept["written"]
+    if path == KERNEL_CMDLINE and any(
+        not _same(after, before) and not _same(earlier, before)
+        for after, earlier, before in zip(written, kept["found"], kept["found"][1:], strict=False)
+    ):
+        # Between two writes; a file that is edited keeps such a change, one that is all ours has lost it by then.
+        return True
+    return current is not None and not any(_same(current, one) for one in [kept["original"], *written])
 
 
 def _before(path: str, kept: Mapping[str, Any]) -> File | None:
@@ -305,16 +318,16 @@ def _before(path: str, kept: Mapping[str, Any]) -> File | None:
     if current is None and kept["written"][-1:] != [None]:
         # Somebody removed it: there is nothing of ours in it.
         return None
-    if current is None or not _changed_by_hand(kept):
+    if current is None or not _changed_by_hand(path, kept):
         return original
     written = next((text for one in reversed(kept["written"]) if (text := files.text_of(one)) is not None), "")
-    before = "" if original is None else original.content
     if path in (BIND_SCRIPT, INITRAMFS_HOOK):
         return original
     if path == KERNEL_PIN:
         return current
     if path == KERNEL_CMDLINE:
-        left = edit.command_line_without(current.content, written, before)
+        ours = _added(kept, edit.words_of)
+        left = edit.edit_command_line(current.content, [], ours) if ours else current.content
     elif path == GRUB_SNIPPET:
         left = edit.grub_without(current.content, written)
     elif path == MODPROBE:

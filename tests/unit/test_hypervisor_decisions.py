@@ -172,7 +172,8 @@ def kept(original: str | None, *written: str | None, current: str | None = None,
     """What is kept of a file; without `current` it is as it was written last."""
     one = {"original": None if original is None else text(original), "touched": touched}
     versions = [None if version is None else text(version) for version in written]
-    return {**one, "written": versions, "current": versions[-1] if current is None else text(current)}
+    found = [one["original"], *versions[:-1]]
+    return {**one, "written": versions, "found": found, "current": versions[-1] if current is None else text(current)}
 
 
 def test_node_without_options_gets_no_file_for_them() -> None:
@@ -665,6 +666,21 @@ def test_everything_that_does_not_run_as_declared_is_named() -> None:
 
 def back(path: str, record: Any) -> File | None:
     return goal.as_before(node(kept={path: record})).files[path]
+
+
+def test_word_that_somebody_added_between_two_writes_is_not_ours() -> None:
+    first, second = "root=x iommu=pt\n", "root=x iommu=pt debug hugepagesz=1G hugepages=8\n"
+    record = kept("root=x\n", first, second)
+    record["found"][1] = text("root=x iommu=pt debug\n")
+    state = node(
+        kept={KERNEL_CMDLINE: record}, files={KERNEL_CMDLINE: text(second)}, **UEFI, loader_info="systemd-boot"
+    )
+
+    assert goal.words_ever(state) == ["iommu=pt", "hugepagesz=1G", "hugepages=8"]
+    assert goal.by_hand(state) == [KERNEL_CMDLINE]
+    assert goal.as_before(state).files[KERNEL_CMDLINE] == File("root=x debug\n")
+    wanted = dataclasses.replace(WANTED, iommu_pt=False)
+    assert aim(state, wanted).files[KERNEL_CMDLINE] == File("root=x debug\n")
 
 
 def test_file_that_gpulab_made_goes_and_one_that_it_edited_comes_back() -> None:

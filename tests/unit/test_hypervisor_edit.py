@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from operations import files
-from operations.hypervisor import edit
+from operations.hypervisor import edit, goal
+from operations.hypervisor.facts import KERNEL_CMDLINE, NodeState
 
 word = st.text(st.characters(codec="ascii", exclude_characters='"', categories=["L", "N", "P", "S"]), min_size=1)
 quoted = word.map(lambda value: f'module.option="{value} {value}"')
@@ -33,29 +38,52 @@ def test_command_line_keeps_the_words_of_others_and_settles(
 
 
 @given(st.lists(other), phrases)
-def test_command_line_without_is_the_inverse_of_adding(words: list[str], add: list[str]) -> None:
-    original = " ".join(words) + "\n"
-    written = edit.edit_command_line(original, add)
+def test_taking_words_out_of_a_command_line_is_the_inverse_of_adding_them(words: list[str], add: list[str]) -> None:
+    line = " ".join(words) + "\n"
 
-    assert edit.words_of(edit.command_line_without(written, written, original)) == edit.words_of(original)
+    back = edit.edit_command_line(edit.edit_command_line(line, add), [], add)
+
+    assert edit.words_of(back) == edit.words_of(line)
 
 
-@given(line, st.lists(other), phrases)
-def test_command_line_that_was_changed_by_hand_loses_our_words_alone(
-    original: str, appended: list[str], add: list[str]
+def record(*versions: str) -> NodeState:
+    """A node whose command line went through these versions: found, written, found, written, …, and is the last now."""
+    entries = [{"content": base64.b64encode(text.encode()).decode(), "mode": 0o644, "mtime": 1.0} for text in versions]
+    found, written = entries[0::2], entries[1::2]
+    kept = {"original": entries[0], "found": found[: len(written)], "written": written, "current": entries[-1]}
+    state = yaml.safe_load((Path(__file__).parents[1] / "hosts/pve1.yaml").read_text())
+    return NodeState.of({**state, "kept": {KERNEL_CMDLINE: {**kept, "touched": 1.0}}})
+
+
+@given(st.lists(other, min_size=1), phrases, phrases)
+def test_rollback_of_a_command_line_is_byte_for_byte(words: list[str], first: list[str], second: list[str]) -> None:
+    original = "  ".join(words)
+    one = edit.edit_command_line(original, first)
+    two = edit.edit_command_line(edit.edit_command_line(one, [], first), second)
+
+    back = goal.as_before(record(original, one, one, two)).files[KERNEL_CMDLINE]
+
+    assert back is not None and back.content == original
+
+
+@given(st.lists(other, min_size=1), phrases.filter(bool), phrases, st.lists(other, min_size=1), st.booleans())
+def test_rollback_of_a_command_line_keeps_what_was_added_by_hand(
+    words: list[str], first: list[str], second: list[str], added: list[str], last: bool
 ) -> None:
-    written = edit.edit_command_line(original, add)
-    current = " ".join([written.strip(), *appended])
+    """Between two writes, or after the last one."""
+    original = " ".join(words) + "\n"
+    one = edit.edit_command_line(original, first)
+    by_hand = " ".join([one.strip(), *added]) + "\n"
+    two = edit.edit_command_line(by_hand, second)
+    versions = [original, one, by_hand] if last else [original, one, by_hand, two]
 
-    left = edit.words_of(edit.command_line_without(current, written, original))
+    back = goal.as_before(record(*versions)).files[KERNEL_CMDLINE]
 
-    assert [word for word in left if word not in OUR_WORDS] == [
-        word for word in edit.words_of(original) if word not in OUR_WORDS
-    ] + appended
-    assert (
-        edit.command_line_without(" ".join(left), written, original) in (" ".join(left), " ".join(left) + "\n")
-        or set(left) & OUR_WORDS
-    )
+    assert back is not None
+    assert edit.words_of(back.content) == [
+        *edit.words_of(original),
+        *(word for line in added for word in edit.words_of(line)),
+    ]
 
 
 def test_command_line_that_is_right_stays_byte_for_byte() -> None:

@@ -50,19 +50,21 @@ def own_file(path: str) -> dict[str, Any] | None:
 def kept(root: str) -> dict[str, Any]:
     """What `operations.files` keeps of each file that it wrote, beside what is there now.
 
-    `original`: before the first write. `written`: every version that was written, in order. `touched`: the time of
-    the last write.
+    `original`: before the first write. `written`: every version that was written, in order, `found`: what each of them
+    replaced. `touched`: the time of the last write.
     """
     found = {}
     for folder, _, names in os.walk(root):
-        series = {name: own_file(f"{folder}/{name}") for name in names}
-        after = sorted((name for name in names if name.startswith("after-")), key=number_of)
+        # An empty file `NAME.absent` stands for no file.
+        series = {name: own_file(f"{folder}/{name}") for name in names if not name.endswith(".absent")}
+        writes = sorted(number_of(name) for name in names if name.startswith("after-"))
         path = folder.removeprefix(root)
         if any(name.startswith("before-1") for name in names):
             found[path] = {
                 "current": own_file(path.lstrip("/")),
                 "original": series.get("before-1"),
-                "written": [None if name.endswith(".absent") else series[name] for name in after],
+                "written": [series.get(f"after-{number}") for number in writes],
+                "found": [series.get(f"before-{number}") for number in writes],
                 "touched": os.stat(folder).st_mtime,
             }
     return found
