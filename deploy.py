@@ -37,8 +37,9 @@ with run.of_host() as part:
             timeout_s=node.reboot_timeout_s,
             allow_guest_shutdown=node.allow_guest_shutdown,
             guest_shutdown_timeout_s=node.guest_shutdown_timeout_s,
+            cluster=node.cluster_name,
         )
-        hypervisor.guests_back(name="Start the guests that the reboot stopped")
+        hypervisor.guests_back(name="Start the guests that a killed run had stopped")
         hypervisor.ready(name="Check that vfio-pci holds the cards", wanted=wanted)
         mapping.mappings(
             name="Name the cards in the cluster's resource mappings",

@@ -24,6 +24,7 @@ with run.of_host() as part:
             timeout_s=node.reboot_timeout_s,
             allow_guest_shutdown=node.allow_guest_shutdown,
             guest_shutdown_timeout_s=node.guest_shutdown_timeout_s,
+            cluster=node.cluster_name,
         )
-        hypervisor.guests_back(name="Start the guests that the reboot stopped")
+        hypervisor.guests_back(name="Start the guests that a killed run had stopped")
         hypervisor.restored(name="Check that the node runs as before gpulab")

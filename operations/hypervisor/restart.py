@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pyinfra import context, host
-from pyinfra.api import StringCommand
+from pyinfra.api import Host, StringCommand
 
 from inventory import GpulabError
 from operations import step
@@ -24,6 +27,10 @@ CONSOLE = (
     "look at its console (docs/hypervisor.md, 'A node that does not come back'): `gpulab_vfio=off` on the kernel's "
     "command line boots it with its own drivers. If it only needs longer, raise `reboot_timeout_s`"
 )
+
+
+#: Two nodes of a cluster that are down at once may cost its quorum.
+_one_at_a_time: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def differences(state: NodeState, aim: Goal, due: Pending) -> list[str]:
@@ -134,15 +141,19 @@ def reboot(
     timeout_s: int,
     allow_guest_shutdown: bool = False,
     guest_shutdown_timeout_s: int = 180,
+    cluster: str = "",
 ) -> step.Commands:
     """
     Reboot the node when what runs differs from what is configured, and wait until it is back.
 
+    Nodes of one cluster go one after the other. Guests that were shut down for it are started again.
+
     + wanted: the node's devices and boot settings, see `hypervisor.wanted()`; None: as before gpulab
     + allowed: may it be rebooted?
     + timeout_s: seconds until SSH must answer again
-    + allow_guest_shutdown: may running guests be shut down for it? `guests_back` starts them again
+    + allow_guest_shutdown: may running guests be shut down for it?
     + guest_shutdown_timeout_s: seconds that each guest gets for its shutdown
+    + cluster: the node's cluster
     """
     state = facts.read()
     name = host.name
@@ -169,8 +180,8 @@ def reboot(
         if running:
             told = ", ".join(str(guest) for guest in state.running_guests)
             step.changes(f"shut down for the reboot and start again: {told}")
-            yield _shut_down(running, guest_shutdown_timeout_s)
-        yield step.call(reboot_and_wait, context.ctx_host.get(), state.boot_id, timeout_s, CONSOLE)
+        guests = _Guests(running, guest_shutdown_timeout_s)
+        yield step.call(_restart, context.ctx_host.get(), cluster, state.boot_id, timeout_s, guests)
     elif due and planning:
         # The configuration is written first: whoever reboots the node by hand then finds it in force.
         step.waits(error.brief, tuple(str(error).splitlines()[1:]))
@@ -179,22 +190,51 @@ def reboot(
         raise error
 
 
+@dataclass(frozen=True)
+class _Guests:
+    """Who is shut down for a reboot, and the seconds that each gets for it."""
+
+    running: list[int]
+    timeout_s: int
+
+    @property
+    def stop(self) -> StringCommand:
+        argument = {"root": "/", "note": SHUT_DOWN, "stop": self.running, "timeout_s": self.timeout_s}
+        return python(_PROGRAM, argument)
+
+    @property
+    def start(self) -> StringCommand:
+        return python(_PROGRAM, {"root": "/", "note": SHUT_DOWN, "start": self.running})
+
+
+_PROGRAM = program(__file__, "guests")
+
+
+def _restart(host: Host, cluster: str, boot_id: str, timeout_s: float, guests: _Guests) -> None:
+    with _one_at_a_time[cluster or host.name]:
+        if guests.running:
+            _on_node(host, guests.stop, "its guests are not shut down")
+        reboot_and_wait(host, boot_id, timeout_s, CONSOLE)
+        if guests.running:
+            _on_node(host, guests.start, "its guests are not all back")
+
+
+def _on_node(host: Host, command: StringCommand, failure: str) -> None:
+    done, output = host.run_shell_command(command, print_output=False, print_input=False)
+    if not done:
+        said = [line for line in output.stderr.splitlines() if line.strip()]
+        raise GpulabError(f"{host.name}: {failure}: {said[-1] if said else 'no word why'}", "\n".join(said[-20:-1]))
+
+
 @step.step
 def guests_back() -> step.Commands:
-    """Start the guests again that were shut down for a reboot, in PVE's order."""
+    """Start the guests again that a run shut down for a reboot and was killed before it could start them."""
     waiting = facts.read().shut_down_guests
     if not waiting:
-        step.noop("no guest was shut down for a reboot")
+        step.noop("no guest waits for the end of a reboot")
         return
     step.changes(f"start again: {', '.join(str(vmid) for vmid in waiting)}")
-    yield python(_GUESTS, {"root": "/", "note": SHUT_DOWN, "start": list(waiting)})
-
-
-_GUESTS = program(__file__, "guests")
-
-
-def _shut_down(guests: list[int], timeout_s: int) -> StringCommand:
-    return python(_GUESTS, {"root": "/", "note": SHUT_DOWN, "stop": guests, "timeout_s": timeout_s})
+    yield _Guests(list(waiting), 0).start
 
 
 def _refuse(error: GpulabError) -> None:

@@ -6,13 +6,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from inventory import GpulabError
+from operations.hypervisor import restart
 from operations.hypervisor.facts import SHUT_DOWN
-from operations.hypervisor.restart import _GUESTS
 
 #: Starts and stops what is asked, except for guests that have a file `stubborn/VMID`; the ids are in `--vms`.
 PVESH = """#!/bin/sh
@@ -44,7 +49,7 @@ def node(tmp_path: Path) -> Path:
 def act(node: Path, **argument: Any) -> subprocess.CompletedProcess[str]:
     argument |= {"root": str(node), "note": SHUT_DOWN}
     path = f"{node}/bin:/usr/bin:/bin"
-    program = [sys.executable, "-c", _GUESTS, json.dumps(argument)]
+    program = [sys.executable, "-c", restart._PROGRAM, json.dumps(argument)]
     return subprocess.run(program, env={"PATH": path}, capture_output=True, text=True)
 
 
@@ -111,3 +116,66 @@ def test_guest_that_does_not_start_stays_noted(node: Path) -> None:
 
     assert done.returncode != 0 and "do not start: [101]" in done.stderr
     assert noted(node) == "101,102"
+
+
+@dataclass
+class Commanded:
+    """Stands in for a pyinfra host: notes what it is told, in order."""
+
+    name: str
+    log: list[str]
+    fails: str = ""
+
+    def run_shell_command(self, command: Any, **_: Any) -> tuple[bool, Any]:
+        (action,) = {"stop", "start"} & set(json.loads(command.bits[3].obj))
+        self.log.append(f"{self.name} {action}")
+        output = SimpleNamespace(stderr="trying\nguests that did not shut down in 5 s: [101]")
+        return action != self.fails, output
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens, in order; a reboot takes a moment."""
+    happened: list[str] = []
+
+    def reboot(host: Any, *_: Any) -> None:
+        happened.append(f"{host.name} goes")
+        time.sleep(0.05)
+        happened.append(f"{host.name} is back")
+
+    monkeypatch.setattr(restart, "reboot_and_wait", reboot)
+    return happened
+
+
+def test_guests_go_before_the_reboot_and_come_back_after_it(log: list[str]) -> None:
+    restart._restart(Commanded("pve1", log), "lab", "id", 60, restart._Guests([101], 90))
+
+    assert log == ["pve1 stop", "pve1 goes", "pve1 is back", "pve1 start"]
+
+
+def test_node_whose_guests_do_not_shut_down_is_not_rebooted(log: list[str]) -> None:
+    with pytest.raises(GpulabError, match=r"pve1: its guests are not shut down: guests that did not shut down in 5 s"):
+        restart._restart(Commanded("pve1", log, fails="stop"), "lab", "id", 60, restart._Guests([101], 5))
+
+    assert log == ["pve1 stop"]
+
+
+@pytest.mark.parametrize(("clusters", "together"), [(("lab", "lab"), False), (("pve1", "pve2"), True)])
+def test_nodes_of_one_cluster_reboot_one_after_the_other(
+    log: list[str], clusters: tuple[str, str], together: bool
+) -> None:
+    started = threading.Barrier(2)
+
+    def go(name: str, cluster: str) -> None:
+        started.wait()
+        restart._restart(Commanded(name, log), cluster, "id", 60, restart._Guests([], 0))
+
+    threads = [threading.Thread(target=go, args=pair) for pair in zip(("pve1", "pve2"), clusters, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(log) == 4
+    if not together:
+        assert [line.split()[0] for line in log[:2]] in (["pve1"] * 2, ["pve2"] * 2)
