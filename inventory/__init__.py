@@ -134,6 +134,10 @@ def _problem(host: str, model: type[Any], error: Any) -> str:
         case "value_error":
             shown = "" if isinstance(error["input"], dict) else f" = {_shown(error['input'])}"
             return f"{key}{shown}: expected {error['ctx']['error']}"
+        case "model_type":
+            return (
+                f"{key} = {_shown(error['input'])}: expected a dictionary with the keys of {error['ctx']['class_name']}"
+            )
         case _:
             expected = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
             return f"{key} = {_shown(error['input'])}: expected {expected}"
