@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,21 @@ class Deployed:
 
     def pyinfra(self, *words: str, lab: Path | str = INVENTORY, **environment: str) -> Outcome:
         return run([program("pyinfra"), str(lab), *words], GPULAB_RUNS=str(self.reports / "runs"), **environment)
+
+    def killed(self, seconds: float, *words: str) -> None:
+        """The same, killed with all its processes after so many seconds."""
+        command = [program("pyinfra"), INVENTORY, *words]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "GPULAB_RUNS": str(self.reports / "runs")},
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def deploy(self, *words: str) -> Outcome:
         return self.pyinfra("deploy.py", "-y", *words)

@@ -115,24 +115,10 @@ def test_limit_without_a_match_is_refused(deployed: Any) -> None:
 
 
 def test_killed_deploy_can_be_run_again(deployed: Any) -> None:
-    import os
-    import signal
-    import subprocess
-
-    from rehearsal.rehearse import program
-
-    from .conftest import INVENTORY
-
     deployed.on("gpu01", "docker", "rm", "--force", "ollama")
     deployed.on("gpu01", "sh", "-c", "rm -f /etc/docker/daemon.json /etc/apt/preferences.d/gpulab-nvidia*")
-    words = [program("pyinfra"), INVENTORY, "deploy.py", "-y", "--limit", "gpu01"]
     for seconds in (1.5, 3.0):
-        killed = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ)
-        )
-        time.sleep(seconds)
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
+        deployed.killed(seconds, "deploy.py", "-y", "--limit", "gpu01")
     heals(deployed, deployed.verify()[1])
 
 

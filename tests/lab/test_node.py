@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +131,21 @@ def test_rollback_restores_the_node_and_a_deploy_prepares_it_again(deployed: Any
     assert deployed.changed() == []
     done = deployed.deploy()
     assert done.status == 0, done.output[-3000:]
+    assert deployed.verify()[0].status == 0
+
+
+def test_killed_rollback_can_be_run_again_and_its_guests_come_back(deployed: Any) -> None:
+    """Before, while and after the guest is shut down and the node reboots."""
+    for seconds in (2.0, 3.5, 6.0):
+        deployed.killed(seconds, "rollback.py", "-y", "--limit", "pve2")
+    deadline = time.monotonic() + 120
+    while (done := deployed.pyinfra("rollback.py", "-y", "--limit", "pve2")).status != 0:
+        # The node may be on its way up.
+        assert time.monotonic() < deadline, done.output[-3000:]
+        time.sleep(2)
+
+    assert "iommu=pt" not in deployed.on("pve2", "cat", "/proc/cmdline")
+    assert deployed.on("pve2", "ls", "/var/lib/gpulab").split().count("shut-down-guests") == 0
+    assert "running" in deployed.on("pve2", "qm", "status", "102")
+    assert deployed.deploy().status == 0
     assert deployed.verify()[0].status == 0
