@@ -108,7 +108,9 @@ def not_allowed(name: str, why: list[str]) -> GpulabError:
 
 def guests_problem(name: str, state: NodeState, why: list[str], allow_guest_shutdown: bool) -> GpulabError | None:
     """Would the reboot cut off guests that may not be?"""
-    running = [str(guest) for guest in state.running_guests]
+    running = [
+        f"{guest}{' with ' + ', '.join(guest.devices) if guest.devices else ''}" for guest in state.running_guests
+    ]
     if not running or allow_guest_shutdown:
         return None
     return GpulabError(

@@ -410,11 +410,16 @@ def test_options_and_kernel_that_do_not_run_need_a_reboot() -> None:
 
 def test_guests_are_cut_off_by_a_reboot_only_when_that_is_allowed() -> None:
     """Our own as well: somebody works in them."""
-    guests = (HostedGuest("VM", 101, "gpu01", ("gpulab",), True), HostedGuest("VM", 102, "", (), False))
+    guests = (
+        HostedGuest("VM", 101, "gpu01", ("gpulab",), True, ("0000:01:00",)),
+        HostedGuest("VM", 102, "", (), False),
+    )
     state = node(guests=guests)
 
     problem = restart.guests_problem("pve1", state, ["why"], allow_guest_shutdown=False)
-    assert problem is not None and problem.brief == "pve1 needs a reboot: why; it would cut off VM 101 (gpu01)"
+    assert problem is not None and problem.brief == (
+        "pve1 needs a reboot: why; it would cut off VM 101 (gpu01) with 0000:01:00"
+    )
     assert restart.guests_problem("pve1", state, ["why"], allow_guest_shutdown=True) is None
     assert restart.guests_problem("pve1", node(), ["why"], allow_guest_shutdown=False) is None
 
