@@ -22,9 +22,11 @@ from inventory.schema import PYINFRA_KEY, Guest, Lab, Node
 if TYPE_CHECKING:
     from pyinfra.api import Inventory, State
 
-__all__ = ["GpulabError", "Guest", "InventoryError", "Lab", "Node", "load", "of_run"]
+__all__ = ["RUN_WORDS", "GpulabError", "Guest", "InventoryError", "Lab", "Node", "load", "of_run"]
 
 MODELS: dict[str, type[Node] | type[Guest]] = {"nodes": Node, "guests": Guest}
+#: Words of `--data` that are about one run of rebuild.py and belong to no host.
+RUN_WORDS = frozenset({"rollback", "take_over"})
 
 _of_run: WeakKeyDictionary[State, Lab] = WeakKeyDictionary()
 
@@ -105,7 +107,7 @@ def _validate_host(
     foreign = {key for other in MODELS.values() for key in other.model_fields} - own
     data: dict[str, Any] = {"name": name}
     for key, value in raw.items():
-        if key in own or not (PYINFRA_KEY.match(key) or (key in foreign and key in overridden)):
+        if key in own or not (PYINFRA_KEY.match(key) or (key in (foreign | RUN_WORDS) and key in overridden)):
             data[key] = value
     if model is Guest and isinstance(data.get("address"), str):
         data.setdefault("ssh_hostname", data["address"].partition("/")[0])

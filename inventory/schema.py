@@ -8,14 +8,23 @@ itself reads (`ssh_*`, and global arguments such as `_sudo`) stand beside ours i
 from __future__ import annotations
 
 import re
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from inventory.cards import CARDS, RTX_A4000, Card
-from inventory.packages import DISTRIBUTIONS, Distribution
+from inventory.packages import DISTRIBUTIONS, IMAGES, Distribution
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -26,6 +35,7 @@ Checksum = Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64}|sha5
 AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+[^/\s]$")]
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}$")]
 Storage = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]*$")]
 
 
@@ -130,6 +140,9 @@ class Api(Model):
     role: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]+$")] = "Gpulab"
     #: Seconds until one request is given up.
     timeout_s: int = Field(default=60, ge=5)
+    #: SHA-256 fingerprint of the API's certificate (`pvenode cert info`): then it alone is accepted, in place of the
+    #: cluster's CA. For a certificate that somebody else has signed.
+    fingerprint: Fingerprint | None = None
 
 
 class SshHost(Model):
@@ -196,13 +209,43 @@ def filled_in(value: str) -> str:
 
 
 class Image(Model):
-    """The cloud image that the system disk is made from."""
+    """The cloud image that the system disk is made from: `name` and `release`, or `url` and `filename`.
 
+    A name stands for the publisher's address and gives every release a file of its own on the storage. The checksum
+    is always the user's to give: one that is fetched beside the image says nothing that the image does not.
+    """
+
+    #: One of debian12, debian13, ubuntu2204, ubuntu2404 (inventory/packages.py). None: `url` and `filename` say it.
+    name: str | None = None
+    #: The publisher's release of that image: `20251117-2299` (Debian), `20251113` (Ubuntu).
+    release: Annotated[str, StringConstraints(pattern=r"^[0-9]{8}(\.[0-9]+)?(-[0-9]+)?$")] | None = None
     url: HttpUrl
     #: `sha512:…` or `sha256:…` as the image's publisher states it; PVE checks it at the download.
     checksum: Annotated[Checksum, AfterValidator(filled_in)]
-    #: Name on the node's storage. PVE imports only .qcow2, .raw, .vmdk and .ova.
+    #: Name on the node's storage. PVE imports only .qcow2, .raw and .vmdk: Ubuntu's `.img` is a qcow2 by another name.
     filename: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+\.(qcow2|raw|vmdk)$")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def named(cls, data: Any) -> Any:
+        """Fill in `url` and `filename` of a named image."""
+        if not isinstance(data, dict) or data.get("name") is None:
+            return data
+        name, release = data["name"], data.get("release")
+        if not isinstance(name, str) or name not in IMAGES:
+            raise ValueError(f"`name` to be one of {', '.join(sorted(IMAGES))}, got {name!r}")
+        if not isinstance(release, str):
+            raise ValueError(f"`release` beside `name`, such as {IMAGES[name].example}")
+        for key in ("url", "filename"):
+            if key in data:
+                raise ValueError(f"`name` and `release`, or `url` and `filename`; got `name` and `{key}`")
+        return {**data, "url": IMAGES[name].url.format(release=release), "filename": f"{name}-{release}.qcow2"}
+
+    @model_validator(mode="after")
+    def release_has_a_name(self) -> Image:
+        if self.release is not None and self.name is None:
+            raise ValueError("`name` beside `release`")
+        return self
 
 
 class DataDisk(Model):
@@ -271,36 +314,151 @@ class Services(Model):
         return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
 
 
+def _interface(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if "/" not in value:
+        raise ValueError("an address with its prefix length, such as 192.0.2.101/24")
+    return IPv4Interface(value)
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+Interface = Annotated[IPv4Interface, BeforeValidator(_interface)]
+Router = Annotated[IPv4Address, BeforeValidator(lambda value: IPv4Address(value) if isinstance(value, str) else value)]
+Server = Annotated[
+    IPv4Address | IPv6Address, BeforeValidator(lambda value: ip_address(value) if isinstance(value, str) else value)
+]
+#: Unicast, as PVE asks for.
+Mac = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$")]
+#: CPUs or NUMA nodes: `0-7,16-23`.
+Cpus = Annotated[str, StringConstraints(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$")]
+Domain = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
+#: PVE keeps tags in lower case.
+Tag = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_.+-]*$")]
+
+
+class Network(Model):
+    """One network card (virtio) of a guest."""
+
+    bridge: Storage = "vmbr0"
+    #: VLAN tag, on a bridge that knows VLANs. None: untagged.
+    vlan: int | None = Field(default=None, ge=1, le=4094)
+    #: Bytes. 1: as the bridge. None: 1500.
+    mtu: int | None = Field(default=None, ge=1, le=65520)
+    #: None: PVE chooses one when the card is made, and it stays.
+    mac: Mac | None = None
+    #: Address and prefix length. None: DHCP.
+    address: Interface | None = None
+    #: The guest's default route; exactly one of its cards has it.
+    gateway: Router | None = None
+
+    @model_validator(mode="after")
+    def gateway_on_link(self) -> Network:
+        if self.gateway is None:
+            return self
+        if self.address is None:
+            raise ValueError("`address` beside `gateway`")
+        if self.gateway not in self.address.network:
+            raise ValueError(f"`gateway` inside {self.address.network}, got {self.gateway}")
+        return self
+
+
+class NumaNode(Model):
+    """One NUMA node that the guest sees."""
+
+    #: The guest's CPUs in it, counted from 0.
+    cpus: Cpus
+    memory_mib: int = Field(ge=128)
+    #: The node's NUMA nodes that its memory comes from. None: any.
+    host_nodes: Cpus | None = None
+    #: How memory is taken from `host_nodes`.
+    policy: Literal["preferred", "bind", "interleave"] | None = None
+
+    @model_validator(mode="after")
+    def policy_for_host_nodes(self) -> NumaNode:
+        if (self.host_nodes is None) != (self.policy is None):
+            raise ValueError("`host_nodes` and `policy` together")
+        return self
+
+
+class Startup(Model):
+    """When the guest starts with its node, among the others. It stops in the reverse order."""
+
+    #: The lowest starts first. None: after all that have one.
+    order: int | None = Field(default=None, ge=0)
+    #: Seconds that PVE waits after its start before the next guest's.
+    up_s: int | None = Field(default=None, ge=0)
+    #: Seconds that it gets to shut down; PVE's default is 180.
+    down_s: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def something(self) -> Startup:
+        if self.order is None and self.up_s is None and self.down_s is None:
+            raise ValueError("at least one of `order`, `up_s` and `down_s`")
+        return self
+
+
 class Guest(SshHost):
-    """A GPU VM (group `guests`). `ssh_hostname` is taken from `address`."""
+    """A GPU VM (group `guests`). `ssh_hostname` is taken from `address`. docs/vm.md says what each key changes."""
 
     name: Name
     #: The node it runs on: a name of the group `nodes`.
     node: Name
     vmid: int = Field(ge=100, le=999_999_999)
-    #: Address and prefix length on the bridge, `192.0.2.101/24`.
-    address: IPv4Interface
-    gateway: IPv4Address
-    nameserver: IPv4Address | None = None
+    #: Address and prefix length on the bridge, `192.0.2.101/24`. It is the one that gpulab reaches the guest at.
+    address: Interface
+    gateway: Router | None = None
     bridge: Storage = "vmbr0"
+    #: All network cards, in place of `bridge`, `address` and `gateway`, which are the first one's then.
+    networks: list[Network] = []
+    #: DNS servers: one address or a list. Empty: what the node itself uses.
+    nameserver: Annotated[list[Server], BeforeValidator(_several)] = []
+    #: DNS search domain. None: what the node itself uses.
+    searchdomain: Domain | None = None
     ssh_user: Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]*$")] = "debian"
     #: The line of an OpenSSH public key file that cloud-init authorizes; None: `ssh_key` with `.pub` is read.
     ssh_public_key: str | None = None
     image: Image
+    #: What the image holds. A named image says it itself.
     distribution: str = "debian13"
     cores: int = Field(default=8, ge=1)
     #: MiB; passthrough pins all of it on the node from the start.
     memory_mib: int = Field(default=16384, ge=512)
+    #: `host` hands the node's CPU through; a model of QEMU or PVE, or `custom-NAME`, otherwise.
+    cpu_type: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "host"
+    #: `q35` is the newest version of the machine at each start; `pc-q35-9.2+pve1` stays.
+    machine: Annotated[str, StringConstraints(pattern=r"^(q35|pc-q35-[0-9]+(\.[0-9]+)+(\+pve[0-9]+)?)$")] = "q35"
+    #: Does the guest see NUMA nodes? None: not declared; PVE's default is no.
+    numa: bool | None = None
+    #: The guest's NUMA nodes. Empty: PVE makes one a socket.
+    numa_nodes: list[NumaNode] = []
+    #: The node's CPUs that the guest's threads run on. Set over SSH: PVE lets no token do it.
+    affinity: Cpus | None = None
+    #: Huge pages under the guest's memory, which need `numa`; `any` is 1 GiB pages where they fit. Set over SSH.
+    hugepages: Literal["2M", "1G", "any"] | None = None
     disk_storage: Storage = "local-lvm"
     system_disk_gib: int = Field(default=64, ge=4)
     data_disk: DataDisk = DataDisk()
     #: The passthrough device it is given, by name; None: a guest without GPU.
     gpu: Name | None = "a4000"
     onboot: bool = True
-    #: May the deploy reboot this guest, when the driver can't be reloaded?
+    #: None: not declared. Set over SSH: its right sits on `/`.
+    startup: Startup | None = None
+    #: PVE then refuses to destroy the VM or to delete its disks.
+    protection: bool = True
+    #: Tags beside our own; others go.
+    tags: list[Tag] = []
+    #: Shown on the VM's summary in PVE's web interface. None: not declared.
+    description: Annotated[str, StringConstraints(max_length=8000)] | None = None
+    #: May the deploy restart this guest, for a driver that can't be reloaded or changes that a running VM can't take?
     allow_reboot: bool = True
     #: Seconds from power on to a finished cloud-init.
     boot_timeout_s: int = Field(default=600, ge=10)
+    #: Days that a rebuild keeps the old system disk after a passed verify. `--data keep_old=…` is for one run.
+    keep_old: int = Field(default=0, ge=0)
     nvidia: Nvidia = Nvidia()
     #: Registries with a CA of their own: `host:port` to a PEM file on the control machine.
     registry_ca: dict[str, str] = {}
@@ -308,16 +466,29 @@ class Guest(SshHost):
     #: Check ids that are expected to be `not run` here. Empty for a lab of real hardware.
     expected_not_run: list[str] = []
 
-    @field_validator("address", "gateway", "nameserver", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def from_text(cls, value: Any, info: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if info.field_name == "address":
-            if "/" not in value:
-                raise ValueError("an address with its prefix length, such as 192.0.2.101/24")
-            return IPv4Interface(value)
-        return IPv4Address(value)
+    def first_network_and_image(cls, data: Any) -> Any:
+        """The first of `networks` is `bridge`, `address` and `gateway` too; a named image is a distribution."""
+        if not isinstance(data, dict):
+            return data
+        image = data.get("image")
+        name = image.get("name") if isinstance(image, dict) else getattr(image, "name", None)
+        if isinstance(name, str) and name in IMAGES:
+            data = {"distribution": name, **data}
+        networks = data.get("networks")
+        if not networks or not isinstance(networks, list):
+            return data
+        for key in ("bridge", "address", "gateway"):
+            if data.get(key) is not None:
+                raise ValueError(f"`{key}` inside `networks`, not beside it")
+        first = networks[0].model_dump() if isinstance(networks[0], Network) else networks[0]
+        if not isinstance(first, dict):
+            return data
+        if first.get("address") is None:
+            raise ValueError("`address` in the first of `networks`, where gpulab reaches the guest")
+        data = {**data, **{key: first[key] for key in ("bridge", "address", "gateway") if first.get(key) is not None}}
+        return {"ssh_hostname": str(data["address"]).partition("/")[0], **data}
 
     @field_validator("distribution")
     @classmethod
@@ -327,14 +498,47 @@ class Guest(SshHost):
         return value
 
     @model_validator(mode="after")
-    def gateway_on_link(self) -> Guest:
-        if self.gateway not in self.address.network:
+    def one_way_out(self) -> Guest:
+        if self.gateway is not None and self.gateway not in self.address.network:
             raise ValueError(f"`gateway` inside {self.address.network}, got {self.gateway}")
+        gateways = [card.gateway for card in self.cards if card.gateway is not None]
+        if len(gateways) != 1:
+            raise ValueError(f"one `gateway`, the guest's default route; got {len(gateways) or 'none'}")
+        macs = [card.mac.lower() for card in self.cards if card.mac is not None]
+        if len(macs) != len(set(macs)):
+            raise ValueError("a different `mac` for each card")
+        return self
+
+    @model_validator(mode="after")
+    def memory_fits(self) -> Guest:
+        if self.numa_nodes and self.numa is False:
+            raise ValueError("`numa` beside `numa_nodes`")
+        declared = sum(each.memory_mib for each in self.numa_nodes)
+        if self.numa_nodes and declared != self.memory_mib:
+            raise ValueError(f"`numa_nodes` with {self.memory_mib} MiB in all, as `memory_mib`; got {declared}")
+        if self.hugepages is not None and not (self.numa or self.numa_nodes):
+            raise ValueError("`numa` beside `hugepages`: PVE does not start the VM otherwise")
+        page = {"2M": 2, "1G": 1024}.get(self.hugepages or "", 1)
+        if any(part % page for part in (self.memory_mib, *(each.memory_mib for each in self.numa_nodes))):
+            raise ValueError(f"`memory_mib` in whole huge pages of {self.hugepages}")
+        return self
+
+    @model_validator(mode="after")
+    def image_of_the_distribution(self) -> Guest:
+        if self.image.name not in (None, self.distribution):
+            raise ValueError(f"`distribution` {self.image.name}, as the image's; got {self.distribution}")
+        if self.services.declared() and not self.packages.cdi:
+            raise ValueError(f"no `services` on {self.distribution}: its Docker is too old to be given a GPU by CDI")
         return self
 
     @property
+    def cards(self) -> list[Network]:
+        """All network cards, net0 first."""
+        return self.networks or [Network(bridge=self.bridge, address=self.address, gateway=self.gateway)]
+
+    @property
     def packages(self) -> Distribution:
-        return DISTRIBUTIONS[self.distribution]
+        return DISTRIBUTIONS[self.distribution].of_branch(self.nvidia.branch)
 
     def registry_certificates(self) -> dict[str, str]:
         """`registry_ca` with the PEM texts in place of the files.

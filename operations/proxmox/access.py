@@ -15,7 +15,7 @@ from inventory import GpulabError, Node
 from inventory.secrets import Secrets
 from operations import step
 from operations.facts import JsonFact
-from operations.proxmox.client import ApiError, Client
+from operations.proxmox.client import ApiError, Client, Unauthorized
 
 _VM = (
     "VM.Allocate VM.Audit VM.PowerMgmt VM.Config.CPU VM.Config.Memory VM.Config.Disk VM.Config.HWType "
@@ -64,10 +64,14 @@ def missing(granted: Mapping[str, Mapping[str, int]], node: Node, major: int, st
 
 
 def _has(granted: Mapping[str, Mapping[str, int]], path: str, privilege: str) -> bool:
-    """Rights propagate down: a privilege on any prefix of the path counts."""
+    """PVE lists each path with what counts there: the deepest one listed decides, 1 reaches the paths below."""
     parts = path.strip("/").split("/")
-    prefixes = ["/", *("/" + "/".join(parts[:count]) for count in range(1, len(parts) + 1))]
-    return any(privilege in granted.get(prefix, {}) for prefix in prefixes)
+    levels = ["/" + "/".join(parts[:count]) for count in range(len(parts), 0, -1)] + ["/"]
+    for level in levels:
+        if level in granted:
+            flag = granted[level].get(privilege)
+            return flag is not None and (level == path or bool(flag))
+    return False
 
 
 class Access(JsonFact):
@@ -161,9 +165,9 @@ def bootstrap() -> step.Commands:
 def _token_works(node: Node) -> bool:
     try:
         Client(node, retry_s=10).get("version")
-    except ApiError as error:
-        if error.status == 401:
-            return False
+    except Unauthorized:
+        return False
+    except ApiError:
         raise
     except GpulabError:
         return False

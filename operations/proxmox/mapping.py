@@ -17,7 +17,7 @@ from inventory import GpulabError, Node
 from operations import step
 from operations.facts import JsonFact
 from operations.plan import key_diff
-from operations.proxmox.client import ApiError, Client
+from operations.proxmox.client import AlreadyExists, Client, NotFound, with_digest
 
 #: A mapping belongs to the cluster: its nodes change it one at a time.
 _one_at_a_time: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -115,13 +115,11 @@ def mappings(devices: Mapping[str, str]) -> step.Commands:
 
 
 def read(client: Client, name: str) -> dict[str, Any] | None:
-    """The mapping, or None. PVE has no 404: an unknown name is a 500."""
+    """The mapping, or None."""
     try:
         found: dict[str, Any] = client.get("cluster", "mapping", "pci", name)
-    except ApiError as error:
-        if error.status == 500 and "not" in error.message:
-            return None
-        raise
+    except NotFound:
+        return None
     return found
 
 
@@ -130,12 +128,40 @@ def _of(entries: list[str], node: str) -> str | None:
 
 
 def _write(client: Client, node: Node, name: str, wanted: str) -> None:
-    with _one_at_a_time[node.cluster_name]:
-        current = read(client, name)
+    """Give the mapping this entry for the node, whoever else changes the cluster's mappings meanwhile."""
+
+    def in_force() -> bool:
+        found = read(client, name)
+        return found is not None and same(list(found["map"]), with_node(list(found["map"]), node.name, wanted))
+
+    def change(current: dict[str, Any] | None) -> None:
+        mappings = ("cluster", "mapping", "pci")
         if current is None:
-            client.change("POST", "cluster", "mapping", "pci", id=name, map=[wanted])
-            return
+            try:
+                client.change("POST", *mappings, applied=in_force, id=name, map=[wanted])
+                return
+            except AlreadyExists:
+                # Another node's deploy made it just now.
+                if (current := read(client, name)) is None:
+                    raise
         entries = with_node(list(current["map"]), node.name, wanted)
-        client.change("PUT", "cluster", "mapping", "pci", name, map=entries, digest=current["digest"])
-    if read(client, name) is None:
-        raise GpulabError(f"{node.name}: mapping {name} is not there after it was made")
+        client.change("PUT", *mappings, name, applied=in_force, map=entries, digest=current["digest"])
+
+    with _one_at_a_time[node.cluster_name]:
+        with_digest(lambda: read(client, name), change)
+    problems = _checked(client, node, name)
+    if problems:
+        raise GpulabError(
+            f"{node.name}: mapping {name} does not fit the node: {problems[0]}",
+            "\n".join([f"  {wanted}", *(f"  {problem}" for problem in problems[1:])]),
+            f"see the node's PCI tree: pvesh get /nodes/{node.name}/hardware/pci",
+        )
+
+
+def _checked(client: Client, node: Node, name: str) -> list[str]:
+    """What PVE itself finds wrong with the mapping on this node; a VM with it would not start."""
+    listed = client.get("cluster", "mapping", "pci", **{"check-node": node.name})
+    found = next((item for item in listed if item["id"] == name), None)
+    if found is None:
+        return ["it is not there after it was made, or the token may not see it"]
+    return [str(check["message"]).strip() for check in found.get("checks", []) if check.get("severity") == "error"]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Faults of the API on demand: gateway errors, and replies that are lost after the work was done."""
+"""Faults of the API on demand: gateway errors, replies that are lost or late, tasks that end badly or not at all."""
 
 from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 _REASONS = {595: "No route to host", 596: "Broken pipe", 597: "Connection timed out", 599: "Too many redirections"}
 
@@ -21,12 +22,76 @@ class Fault:
     times: int
 
 
+@dataclass
+class Trouble:
+    """What befalls a request that is otherwise answered.
+
+    `hang_up`: the connection is closed before the request is looked at. `meanwhile`: somebody does this first.
+    `delay`: seconds that the answer comes late.
+    """
+
+    method: str
+    path: re.Pattern[str]
+    times: int
+    hang_up: bool = False
+    meanwhile: Callable[[], None] | None = None
+    delay: float = 0.0
+
+
+@dataclass
+class TaskTrouble:
+    """What befalls a task of this type: it fails with `status` without doing anything, logs `warnings` after its
+    work, or, with `status` and `warnings` empty, begins only when `released` is set.
+    """
+
+    kind: str
+    times: int
+    status: str = ""
+    log: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    released: threading.Event = field(default_factory=threading.Event)
+
+
 class Faults:
     """The faults waiting to happen, oldest first."""
 
     def __init__(self) -> None:
         self._waiting: list[Fault] = []
+        self._troubles: list[Trouble] = []
+        self._task_troubles: list[TaskTrouble] = []
+        self._held: list[threading.Event] = []
         self._lock = threading.Lock()
+
+    def trouble(self, trouble: Trouble) -> None:
+        with self._lock:
+            self._troubles.append(trouble)
+
+    def take_trouble(self, method: str, path: str) -> Trouble | None:
+        """What befalls this request, counted off."""
+        with self._lock:
+            for trouble in self._troubles:
+                if trouble.method in ("*", method) and trouble.path.search(path):
+                    trouble.times -= 1
+                    if trouble.times <= 0:
+                        self._troubles.remove(trouble)
+                    return trouble
+        return None
+
+    def task_trouble(self, trouble: TaskTrouble) -> None:
+        with self._lock:
+            self._task_troubles.append(trouble)
+            self._held.append(trouble.released)
+
+    def take_task_trouble(self, kind: str) -> TaskTrouble | None:
+        """What befalls the task that begins now, counted off."""
+        with self._lock:
+            for trouble in self._task_troubles:
+                if trouble.kind == kind:
+                    trouble.times -= 1
+                    if trouble.times <= 0:
+                        self._task_troubles.remove(trouble)
+                    return trouble
+        return None
 
     def add(self, status: int, times: int, method: str, path: str, reason: str = "") -> None:
         """The next `times` requests of this method (`*`: any) whose path matches the expression get `status`."""
@@ -48,3 +113,8 @@ class Faults:
     def clear(self) -> None:
         with self._lock:
             self._waiting.clear()
+            self._troubles.clear()
+            self._task_troubles.clear()
+            for held in self._held:
+                held.set()
+            self._held.clear()

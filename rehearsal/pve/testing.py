@@ -4,22 +4,30 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import struct
 import tempfile
 import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import proxmoxer
+from aiohttp import web
 
 from rehearsal import ca
 from rehearsal.pve import vmconfig
 from rehearsal.pve.access import digest_of
-from rehearsal.pve.front import Emulator, Front, Secrets
+from rehearsal.pve.errors import TaskError
+from rehearsal.pve.faults import TaskTrouble, Trouble
+from rehearsal.pve.front import Emulator, Front, Secrets, _parameters
 from rehearsal.pve.power import GuestStart, MemoryHardware, MemoryPower
+from rehearsal.pve.routing import Value
 from rehearsal.pve.state import GIB, Acl, NodeState, Storage, Store, Token, User, Vm, Volume
+from rehearsal.pve.tasks import Body, Log
 from rehearsal.pve.upstream import FakepveProcess, Upstream
 
 # Waiting for the front's own thread, never for a test's subject.
@@ -39,6 +47,57 @@ OPERATOR: tuple[tuple[str, str], ...] = (
     ("/mapping/pci", "Mapping.Use Mapping.Modify Mapping.Audit"),
     ("/sdn/zones/localnetwork", "SDN.Use"),
 )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and what became of it. `agent`: the User-Agent that sent it."""
+
+    method: str
+    path: str
+    parameters: Mapping[str, Value]
+    agent: str
+    status: int
+
+
+class _TroubledFront(Front):
+    """The front as its callers meet it on a bad day; it also remembers what it was asked."""
+
+    def __init__(self, emulator: Emulator, upstream: Upstream) -> None:
+        super().__init__(emulator, upstream)
+        self.exchanges: list[Exchange] = []
+
+    async def _answer(self, request: web.Request, path: str) -> web.Response:
+        trouble = self.emulator.faults.take_trouble(request.method, path)
+        if trouble is not None and trouble.hang_up and request.transport is not None:
+            request.transport.close()
+            return web.Response()
+        if trouble is not None and trouble.meanwhile is not None:
+            await asyncio.get_running_loop().run_in_executor(None, trouble.meanwhile)
+        response = await super()._answer(request, path)
+        parameters = _parameters(request, await request.read())
+        agent = request.headers.get("User-Agent", "")
+        self.exchanges.append(Exchange(request.method, path, parameters, agent, response.status))
+        if trouble is not None and trouble.delay:
+            await asyncio.sleep(trouble.delay)
+        return response
+
+
+def _with_trouble(body: Body, trouble: TaskTrouble) -> Body:
+    def troubled(log: Log) -> None:
+        for line in trouble.log:
+            log(line)
+        if trouble.status:
+            raise TaskError(trouble.status)
+        if not trouble.warnings:
+            trouble.released.wait()
+        body(log)
+        for line in trouble.warnings:
+            log(line)
+        if trouble.warnings:
+            raise TaskError(f"WARNINGS: {len(trouble.warnings)}")
+
+    return troubled
 
 
 class FakeLab:
@@ -106,6 +165,11 @@ class FakeLab:
         return self._front.requests
 
     @property
+    def calls(self) -> list[Exchange]:
+        """Every request since this lab began that was looked at, with its parameters and its answer's status."""
+        return self._front.exchanges
+
+    @property
     def node_secret(self) -> str:
         """What the node's own commands authenticate with."""
         return self.emulator.secrets.node
@@ -113,8 +177,8 @@ class FakeLab:
     def reset(self) -> str:
         """Back to a fresh node with one operator token, whose secret is returned (and kept as `token`)."""
         self.power.start_gate.set()
-        self.emulator.tasks.join(_START_TIMEOUT)
         self.emulator.faults.clear()
+        self.emulator.tasks.join(_START_TIMEOUT)
         self._front.requests.clear()
         for vmid in list(self.power.started):
             self.power.stop(vmid)
@@ -268,6 +332,41 @@ class FakeLab:
         """The next such requests are carried out and their connection closed without an answer."""
         self.emulator.faults.add(0, times, method, path)
 
+    def hang_up(self, method: str, path: str, times: int = 1) -> None:
+        """The next such requests find their connection closed, as a kept-alive one may be; nothing is carried out."""
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, hang_up=True))
+
+    def slow_reply(self, method: str, path: str, seconds: float, times: int = 1) -> None:
+        """The next such requests are carried out and answered this many seconds late."""
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, delay=seconds))
+
+    def meanwhile(self, method: str, path: str, action: Callable[[], None], times: int = 1) -> None:
+        """Just before the next such requests are looked at, somebody else does this."""
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, meanwhile=action))
+
+    def fail_task(self, kind: str, status: str, log: Sequence[str] = (), times: int = 1) -> None:
+        """The next tasks of this type do nothing but log these lines and end with this status."""
+        self.emulator.faults.task_trouble(TaskTrouble(kind, times, status=status, log=log))
+
+    def warn_task(self, kind: str, *warnings: str, times: int = 1) -> None:
+        """The next tasks of this type do their work, log these lines and end with `WARNINGS: n`."""
+        self.emulator.faults.task_trouble(TaskTrouble(kind, times, warnings=warnings))
+
+    def hold_task(self, kind: str, log: Sequence[str] = ()) -> Callable[[], None]:
+        """The next task of this type logs these lines and stands still until the returned function is called."""
+        trouble = TaskTrouble(kind, 1, log=log)
+        self.emulator.faults.task_trouble(trouble)
+        return trouble.released.set
+
+    def _troubled(self, start: Callable[..., str]) -> Callable[..., str]:
+        """The start of a task, for tasks that meet their trouble."""
+
+        def start_task(kind: str, ident: object, user: str, body: Body, vmid: int | None = None) -> str:
+            trouble = self.emulator.faults.take_task_trouble(kind)
+            return start(kind, ident, user, body if trouble is None else _with_trouble(body, trouble), vmid)
+
+        return start_task
+
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
@@ -290,5 +389,7 @@ class FakeLab:
             secrets=Secrets(self.root_password, "node-secret"),
             lock_wait=_LOCK_WAIT,
         )
-        self._front = Front(self.emulator, Upstream(self._fakepve))
+        # Every part of the emulator starts its tasks here.
+        vars(self.emulator.tasks)["start"] = self._troubled(self.emulator.tasks.start)
+        self._front = _TroubledFront(self.emulator, Upstream(self._fakepve))
         self.port = await self._front.start(self.host, 0)

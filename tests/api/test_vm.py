@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pyinfra.api import StringCommand
+from pyinfra.api.state import StateStage
+from pyinfra.connectors.util import CommandOutput, OutputLine
 
 from inventory import GpulabError
 from operations.proxmox import vm
@@ -23,6 +28,88 @@ def read(api: Any) -> dict[str, Any]:
 def use_mapping(api: Any) -> None:
     entry = "id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"
     api.api().cluster.mapping.pci.post(id="a4000", map=[entry])
+
+
+@pytest.fixture
+def node_shell(api: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The node's own SSH connection, with `qm` as root behind it; the commands that went over it."""
+    seen: list[str] = []
+
+    def run(self: Any, command: StringCommand, *_: Any, **__: Any) -> tuple[bool, CommandOutput]:
+        seen.append(command.get_raw_value())
+        try:
+            for line in command.get_raw_value().split(" && "):
+                words = shlex.split(line)
+                qm(api.root().nodes("pve1").qemu(words[2]), words[1], words[3:])
+        except Exception as error:
+            return False, CommandOutput([OutputLine("stderr", str(error))])
+        return True, CommandOutput([])
+
+    monkeypatch.setattr("connectors.node.NodeConnector.run_shell_command", run)
+    return seen
+
+
+def qm(one: Any, verb: str, words: list[str]) -> None:
+    options = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    match verb:
+        case "set":
+            one.config.put(**options)
+        case "unlock":
+            one.config.put(delete="lock", skiplock=1)
+        case "destroy":
+            one.delete()
+        case _:
+            raise ValueError(verb)
+
+
+def add_task(api: Any, kind: str, user: str = "", exitstatus: str | None = None) -> Any:
+    """A task on VM 101 in the node's list that no worker of the double stands behind."""
+    from rehearsal.pve.state import Task
+
+    now = int(time.time())
+    with api.lock:
+        pid = api.state.next_pid
+        api.state.next_pid += 1
+        task = Task(
+            upid=f"UPID:pve1:{pid:08X}:00000001:{now:08X}:{kind}:101:{user or own(api)}:",
+            node="pve1",
+            pid=pid,
+            pstart=1,
+            starttime=now,
+            type=kind,
+            id="101",
+            user=user or own(api),
+            endtime=None if exitstatus is None else now,
+            exitstatus=exitstatus,
+        )
+        api.state.tasks.append(task)
+    return task
+
+
+def own(api: Any) -> str:
+    return f"{api.user}!{api.token_name}"
+
+
+def changing(api: Any) -> list[tuple[str, str]]:
+    return [request for request in api.requests if request[0] != "GET" and not request[1].startswith("/access")]
+
+
+FULL: dict[str, Any] = {
+    "address": None,
+    "gateway": None,
+    "networks": [
+        {"address": "192.0.2.101/24", "gateway": "192.0.2.1"},
+        {"bridge": "vmbr1", "vlan": 30, "mtu": 9000, "mac": "bc:24:11:00:00:02"},
+    ],
+    "nameserver": ["192.0.2.53", "192.0.2.54"],
+    "searchdomain": "lab.example",
+    "numa_nodes": [{"cpus": "0-1", "memory_mib": 2048, "host_nodes": "0", "policy": "bind"}],
+    "affinity": "0-1",
+    "hugepages": "2M",
+    "startup": {"order": 2, "up_s": 30},
+    "tags": ["zed", "gpu"],
+    "description": "The lab's GPU.  \nSecond line \n",
+}
 
 
 def test_created_vm_is_what_was_declared_and_stays_so(api: Any, bench: Bench) -> None:
@@ -62,14 +149,114 @@ def test_only_what_differs_is_changed(api: Any, bench: Bench) -> None:
     assert "hostpci1: mapping=a4000 -> absent" in bench.plan
 
 
-def test_vm_without_our_tag_is_never_touched(api: Any, bench: Bench) -> None:
-    api.add_vm(101, name="mail", memory=512)
+def test_everything_that_can_be_declared_is_set_and_stays_so(
+    api: Any, bench_of: Callable[..., Bench], node_shell: list[str]
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench = bench_of(**FULL)
 
-    for step in (vm.preflight, vm.create_or_update):
+    bench.apply(vm.create_or_update)
+    assert bench.commands(vm.create_or_update) == []
+
+    keys = read(api)
+    assert keys["net1"] == "virtio=BC:24:11:00:00:02,bridge=vmbr1,mtu=9000,tag=30"
+    assert keys["tags"] == "gpu;gpulab;zed"
+    assert keys["description"] == "The lab's GPU.  \nSecond line"
+    assert (keys["affinity"], keys["hugepages"], keys["startup"]) == ("0-1", "2", "order=2,up=30")
+    assert len(node_shell) == 1
+    assert node_shell[0].startswith("qm set 101 --affinity 0-1 --hugepages 2 --startup order=2,up=30 --digest ")
+    assert "affinity: absent -> 0-1" in bench.plan
+
+
+def test_root_only_keys_go_when_nobody_declares_them(api: Any, bench: Bench, node_shell: list[str]) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench.apply(vm.create_or_update)
+    api.root().nodes("pve1").qemu(101).config.put(affinity="0", hugepages="2", numa=1, startup="order=9")
+    api.requests.clear()
+
+    bench.apply(vm.create_or_update)
+
+    keys = read(api)
+    assert "affinity" not in keys and "hugepages" not in keys
+    assert (keys["numa"], keys["startup"]) == (1, "order=9")
+    assert node_shell[0].startswith("qm set 101 --delete affinity,hugepages --digest ")
+
+
+def test_change_of_somebody_else_before_the_command_on_the_node_is_read_again(
+    api: Any, bench_of: Callable[..., Bench], node_shell: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench_of().apply(vm.create_or_update)
+    run = vm._NodeShell.run
+
+    def slow(self: Any, *commands: Any) -> None:
+        if not node_shell:
+            api.api().nodes("pve1").qemu(101).config.put(cpulimit=3)
+        run(self, *commands)
+
+    monkeypatch.setattr(vm._NodeShell, "run", slow)
+    bench_of(affinity="0-1").apply(vm.create_or_update)
+
+    assert (read(api)["affinity"], len(node_shell)) == ("0-1", 2)
+
+
+def test_node_without_ssh_is_what_a_pinned_guest_fails_by(api: Any, bench_of: Callable[..., Bench]) -> None:
+    """The command goes over the node's own connection; this node's host key was never pinned."""
+    api.add_image()
+    use_mapping(api)
+
+    with pytest.raises(AssertionError, match="pve1: qm set 101 failed over SSH"):
+        bench_of(affinity="0-1").apply(vm.create_or_update)
+    assert read(api)["name"] == "gpu01"
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_vm_without_our_tag_is_never_touched(api: Any, bench: Bench, running: bool) -> None:
+    api.add_vm(101, running=running, name="mail", memory=512)
+
+    for step in (vm.preflight, vm.create_or_update, vm.started):
         with pytest.raises(GpulabError, match="a VM of that id that is not ours") as caught:
             bench.commands(step)
         assert "'mail'" in str(caught.value)
-    assert read(api)["name"] == "mail"
+    assert changing(api) == []
+
+
+@pytest.mark.parametrize("wanted", [{}, {"cores": 4, "system_disk_gib": 70, "affinity": "0"}])
+def test_vm_that_loses_our_tag_before_the_change_is_not_touched(
+    api: Any, bench_of: Callable[..., Bench], node_shell: list[str], wanted: dict[str, Any]
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    if wanted:
+        bench_of().apply(vm.create_or_update)
+    bench = bench_of(**wanted)
+    commands = bench.commands(vm.create_or_update)
+    with api.lock:
+        api.state.vms.pop(101, None)
+    api.add_vm(101, name="mail", memory=512)
+    api.requests.clear()
+
+    assert commands[0].execute(bench.state, bench.host, {}) is False
+    assert changing(api) == []
+    assert node_shell == []
+
+
+def test_protection_is_never_lifted(api: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.add_image()
+    use_mapping(api)
+    sent: list[object] = []
+    change = Client.change
+    monkeypatch.setattr(Client, "change", lambda *a, **k: [sent.append(k.get("protection", "1")), change(*a, **k)][1])
+    bench.apply(vm.create_or_update)
+    api.api().nodes("pve1").qemu(101).config.put(cores=1, protection=0)
+
+    bench.apply(vm.create_or_update)
+
+    assert read(api)["protection"] == 1
+    assert set(sent) == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +293,25 @@ def test_storage_without_import_is_named(api: Any, bench: Bench) -> None:
 
 def test_gpu_in_use_by_another_running_vm_is_named(api: Any, bench: Bench) -> None:
     use_mapping(api)
+    api.add_vm(300, running=True, name="render", hostpci0="mapping=a4000,pcie=1")
+
+    with pytest.raises(GpulabError, match=r"gpu = 'a4000': VM 300 \(render\) is using it"):
+        bench.commands(vm.preflight)
+
+
+def test_gpu_in_use_under_another_name_is_named(api: Any, bench: Bench) -> None:
+    use_mapping(api)
+    entry = "id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"
+    api.api().cluster.mapping.pci.post(id="other", map=[entry])
+    api.add_vm(300, running=True, name="render", hostpci0="mapping=other")
+
+    with pytest.raises(GpulabError, match=r"gpu = 'a4000': VM 300 \(render\) is using it"):
+        bench.commands(vm.preflight)
+
+
+def test_gpu_that_a_running_guest_is_yet_to_get_is_looked_for_too(api: Any, bench: Bench) -> None:
+    use_mapping(api)
+    api.add_vm(101, running=True, name="gpu01", tags="gpulab")
     api.add_vm(300, running=True, name="render", hostpci0="mapping=a4000,pcie=1")
 
     with pytest.raises(GpulabError, match=r"gpu = 'a4000': VM 300 \(render\) is using it"):
@@ -159,7 +365,8 @@ def test_wrong_certificate_is_refused(api: Any, bench: Bench) -> None:
         bench.commands(vm.preflight)
 
 
-def test_locked_vm_is_an_error_of_this_host(api: Any, bench: Bench) -> None:
+def test_locked_vm_is_an_error_of_this_host(api: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("operations.proxmox.client.RETRY_S", 0.2)
     api.add_image()
     use_mapping(api)
     bench.apply(vm.create_or_update)
@@ -170,16 +377,211 @@ def test_locked_vm_is_an_error_of_this_host(api: Any, bench: Bench) -> None:
         bench.apply(vm.create_or_update)
 
 
+def test_change_of_somebody_else_in_between_is_read_again(
+    api: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What separates the VM from its declaration is found out anew; the other's undeclared key stays."""
+    api.add_image()
+    use_mapping(api)
+    bench.apply(vm.create_or_update)
+    one = api.api().nodes("pve1").qemu(101)
+    one.config.put(cores=1)
+    others = iter(["ours", ""])
+    change = Client.change
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        if next(others, ""):
+            one.config.put(cpulimit=3, onboot=0)
+        return change(*arguments, **keywords)
+
+    monkeypatch.setattr(Client, "change", slow)
+    bench.apply(vm.create_or_update)
+
+    keys = read(api)
+    assert (keys["cores"], str(keys["cpulimit"]), keys["onboot"]) == (2, "3", 1)
+
+
+def test_second_run_is_told_who_is_at_work(api: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import sets no lock: only the task list knows of it."""
+    api.add_image()
+    use_mapping(api)
+    bench.apply(vm.create_or_update)
+    api.api().nodes("pve1").qemu(101).config.put(cores=1)
+    monkeypatch.setattr(vm, "BUSY_S", 0)
+    task = add_task(api, "qmconfig", user="ann@pam")
+
+    with pytest.raises(AssertionError, match="somebody else is at work on VM 101 on pve1; nothing was changed"):
+        bench.apply(vm.create_or_update)
+    assert read(api)["cores"] == 1
+
+    with api.lock:
+        task.exitstatus, task.endtime = "OK", int(time.time())
+    bench.apply(vm.create_or_update)
+    assert read(api)["cores"] == 2
+
+
+def test_task_of_somebody_else_is_described(api: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm, "BUSY_S", 0)
+    add_task(api, "vncproxy", user="ann@pam")
+    add_task(api, "qmconfig", user="ann@pam!ci")
+    guest = _lab(bench).guests["gpu01"]
+
+    with pytest.raises(GpulabError) as caught:
+        vm._await_idle(Client(_node(bench)), guest, _node(bench))
+    assert "qmconfig of ann@pam!ci since " in str(caught.value)
+    assert "vncproxy" not in str(caught.value)
+
+
+def test_cut_off_creation_of_ours_is_cleared_over_ssh_and_made_anew(
+    api: Any, bench: Bench, node_shell: list[str]
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    api.add_vm(101, lock="create")
+    add_task(api, "qmcreate", exitstatus="unexpected status")
+    assert bench.commands(vm.preflight) == []
+
+    bench.apply(vm.create_or_update)
+
+    assert node_shell == ["qm unlock 101 && qm destroy 101"]
+    assert read(api)["name"] == "gpu01"
+    assert "clear VM 101 on pve1, a creation of ours that was cut off" in bench.plan
+    assert bench.commands(vm.create_or_update) == []
+
+
+@pytest.mark.parametrize("tasks", [[], ["ann@pam"], ["", "ann@pam"]], ids=["none", "another's", "another's last"])
+def test_cut_off_creation_of_somebody_else_is_refused(
+    api: Any, bench: Bench, node_shell: list[str], tasks: list[str]
+) -> None:
+    api.add_vm(101, lock="create")
+    for number, user in enumerate(tasks):
+        add_task(api, "qmcreate", user=user, exitstatus="unexpected status").starttime += number
+
+    for step in (vm.preflight, vm.create_or_update, vm.started):
+        with pytest.raises(GpulabError, match=r"a creation that was cut off \(lock: create\)"):
+            bench.commands(step)
+    assert node_shell == []
+
+
+def test_creation_that_still_runs_is_not_cleared(api: Any, bench: Bench, node_shell: list[str]) -> None:
+    api.add_vm(101, lock="create")
+    add_task(api, "qmcreate")
+
+    with pytest.raises(GpulabError, match="VM 101 on pve1 is being created") as caught:
+        bench.commands(vm.create_or_update)
+    assert f"qmcreate of {own(api)} since " in str(caught.value)
+    assert node_shell == []
+
+
+def running_guest(api: Any, bench_of: Callable[..., Bench], **changes: Any) -> Bench:
+    """The guest runs as it was declared at first; the bench declares `changes` and is planning."""
+    api.add_image()
+    bench_of(gpu=None).apply(vm.create_or_update)
+    api.power.snippets["snippets/gpulab-vendor.yaml"] = ""
+    assert api.wait(api.api().nodes("pve1").qemu(101).status.start.post()) == "OK"
+    bench = bench_of(**{"gpu": None, **changes})
+    bench.state.current_stage = StateStage.Prepare
+    # Its facts are read by other steps; nobody asks this guest.
+    bench.host.connector.assumed = True
+    return bench
+
+
+def test_plan_knows_that_a_change_needs_a_restart(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, cores=1, onboot=False)
+
+    bench.commands(vm.create_or_update)
+    assert len(bench.commands(vm.started)) == 2
+    assert "reboot: yes (a running VM cannot take cores)" in bench.plan
+    assert "onboot: 1 -> 0" in bench.plan
+
+
+def test_live_change_needs_no_restart(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, onboot=False, description="ours", tags=["x"], nameserver="192.0.2.53")
+
+    bench.apply(vm.create_or_update)
+    assert len(bench.commands(vm.started)) == 1
+    assert "reboot: no" in bench.plan
+    assert (read(api)["onboot"], read(api)["tags"]) == (0, "gpulab;x")
+
+
+def test_change_that_needs_a_restart_waits_where_none_is_allowed(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, cores=1, allow_reboot=False)
+    bench.apply(vm.create_or_update)
+    assert bench.commands(vm.create_or_update) == []
+
+    (refusal,) = bench.commands(vm.started)
+    assert "waits: gpu01 needs a restart for cores; allow_reboot is false" in bench.plan
+    assert "reboot: no" in bench.plan
+    assert refusal.execute(bench.state, bench.host, {}) is False
+    assert api.api().nodes("pve1").qemu(101).status.current.get()["status"] == "running"
+
+
+def test_restart_applies_what_waits_and_then_nothing_does(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, cores=1)
+    bench.apply(vm.create_or_update)
+
+    restart, _ = bench.commands(vm.started)
+    assert restart.execute(bench.state, bench.host, {}) is True
+    assert api.api().nodes("pve1").qemu(101).config.get(current=1)["cores"] == 1
+    assert len(bench.commands(vm.started)) == 1
+
+
+def test_pending_key_of_somebody_else_is_told_and_no_reason_to_restart(
+    api: Any, bench_of: Callable[..., Bench]
+) -> None:
+    bench = running_guest(api, bench_of)
+    api.api().nodes("pve1").qemu(101).config.put(cpulimit=2)
+
+    assert len(bench.commands(vm.started)) == 1
+    assert "reboot: no" in bench.plan
+    assert "pending, set by somebody else: cpulimit" in bench.plan
+    assert "restart gpu01" not in bench.plan
+
+
+def test_what_cloud_init_has_not_seen_is_told(
+    api: Any, bench_of: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The double's own list has no pending values; PVE's has."""
+    bench = running_guest(api, bench_of)
+    get = Client.get
+    entry = {"key": "nameserver", "value": "192.0.2.1", "pending": "192.0.2.53"}
+    monkeypatch.setattr(
+        Client, "get", lambda self, *path, **k: [entry] if path[-1] == "cloudinit" else get(self, *path, **k)
+    )
+
+    bench.commands(vm.started)
+
+    assert "cloud-init has not seen yet: nameserver" in bench.plan
+    assert "reboot: no" in bench.plan
+
+
+def test_disks_grow_and_a_smaller_one_is_refused(api: Any, bench_of: Callable[..., Bench]) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench_of().apply(vm.create_or_update)
+
+    grown = bench_of(data_disk={"size_gib": 300})
+    grown.apply(vm.create_or_update)
+    assert "size=300G" in read(api)["scsi1"]
+    assert "scsi1: grows to 300G" in grown.plan
+    with pytest.raises(GpulabError, match=r"data_disk.size_gib = 200: the disk on scsi1 has 300 GiB already"):
+        bench_of().commands(vm.create_or_update)
+
+
 def test_image_is_downloaded_once(api: Any, bench: Bench) -> None:
     assert len(bench.commands(vm.image)) == 1
     api.add_image()
     assert bench.commands(vm.image) == []
 
 
-def _node(bench: Bench) -> Any:
+def _lab(bench: Bench) -> Any:
     import inventory
 
-    return inventory.of_run(bench.state).nodes["pve1"]
+    return inventory.of_run(bench.state)
+
+
+def _node(bench: Bench) -> Any:
+    return _lab(bench).nodes["pve1"]
 
 
 def _other_ca() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from inventory import InventoryError
 from inventory.secrets import Secrets, variable
 
 NODE = {"ssh_hostname": "192.0.2.11", "passthrough": {"devices": [{"address": "0000:01:00"}]}}
-GUEST = {
+GUEST: dict[str, Any] = {
     "node": "pve1",
     "vmid": 101,
     "address": "192.0.2.101/24",
@@ -26,6 +27,10 @@ GUEST = {
     },
 }
 IMAGE = "ollama/ollama@sha256:" + 64 * "a"
+CHECKSUM = "sha256:" + 64 * "a"
+FIRST = {"address": "192.0.2.101/24", "gateway": "192.0.2.1"}
+#: In place of the guest's address and gateway.
+CARDS = {"address": None, "gateway": None}
 
 
 def lab_file(folder: Path, nodes: dict[str, object] | None = None, guests: dict[str, object] | None = None) -> Path:
@@ -86,6 +91,63 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             "gpu01: nvidia: expected `key_sha256` beside http://mirror.example/repos",
         ),
         ({"nvidia": {"version": "590.44.01"}}, "gpu01: nvidia: expected `version` of branch 580, got 590.44.01"),
+        ({"gateway": None}, "gpu01: expected one `gateway`, the guest's default route; got none"),
+        ({"networks": [FIRST]}, "gpu01: expected `address` inside `networks`, not beside it"),
+        ({**CARDS, "networks": [{}]}, "gpu01: expected `address` in the first of `networks`"),
+        (
+            {**CARDS, "networks": [FIRST, {"vlan": 5000}]},
+            "gpu01: networks.1.vlan = 5000: expected less than or equal to 4094",
+        ),
+        ({**CARDS, "networks": [FIRST, {"gateway": "192.0.2.1"}]}, "expected `address` beside `gateway`"),
+        (
+            {**CARDS, "networks": [FIRST, {"address": "198.51.100.7/24", "gateway": "198.51.100.1"}]},
+            "gpu01: expected one `gateway`, the guest's default route; got 2",
+        ),
+        ({**CARDS, "networks": [FIRST, {"mac": "03:24:11:00:00:02"}]}, "gpu01: networks.1.mac = '03:24:11:00:00:02'"),
+        (
+            {**CARDS, "networks": [{**FIRST, "mac": "02:00:00:00:00:aa"}, {"mac": "02:00:00:00:00:AA"}]},
+            "gpu01: expected a different `mac` for each card",
+        ),
+        ({"nameserver": "dns.example"}, "gpu01: nameserver.0 = 'dns.example'"),
+        ({"hugepages": "1G"}, "gpu01: expected `numa` beside `hugepages`"),
+        ({"hugepages": "1G", "numa": True, "memory_mib": 16000}, "expected `memory_mib` in whole huge pages of 1G"),
+        (
+            {"numa_nodes": [{"cpus": "0-3", "memory_mib": 1024}]},
+            "gpu01: expected `numa_nodes` with 16384 MiB in all, as `memory_mib`; got 1024",
+        ),
+        ({"numa_nodes": [{"cpus": "0", "memory_mib": 16384, "policy": "bind"}]}, "`host_nodes` and `policy` together"),
+        ({"affinity": "0-3;rm -rf /"}, "gpu01: affinity = '0-3;rm -rf /'"),
+        ({"startup": {}}, "gpu01: startup: expected at least one of `order`, `up_s` and `down_s`"),
+        ({"tags": ["A b"]}, "gpu01: tags.0 = 'A b'"),
+        ({"machine": "pc"}, "gpu01: machine = 'pc'"),
+        ({"distribution": "fedora"}, "expected one of debian12, debian13, ubuntu2204, ubuntu2404"),
+        (
+            {"image": {"name": "fedora", "release": "1", "checksum": CHECKSUM}},
+            "gpu01: image: expected `name` to be one of debian12, debian13, ubuntu2204, ubuntu2404, got 'fedora'",
+        ),
+        ({"image": {"name": ["debian13"], "release": "1", "checksum": CHECKSUM}}, "got ['debian13']"),
+        (
+            {"image": {"name": "ubuntu2404", "checksum": CHECKSUM}},
+            "gpu01: image: expected `release` beside `name`, such as 20251113",
+        ),
+        (
+            {"image": {"name": "debian13", "release": "20251117-2299", "checksum": CHECKSUM, "url": "https://a.b/c"}},
+            "gpu01: image: expected `name` and `release`, or `url` and `filename`; got `name` and `url`",
+        ),
+        ({"image": {"name": "debian13", "release": "20251117-2299"}}, "gpu01: image.checksum: missing"),
+        ({"image": {**GUEST["image"], "release": "20251117"}}, "gpu01: image: expected `name` beside `release`"),
+        ({"image": {**GUEST["image"], "filename": "noble.img"}}, "gpu01: image.filename = 'noble.img'"),
+        (
+            {
+                "image": {"name": "ubuntu2404", "release": "20251113", "checksum": CHECKSUM},
+                "distribution": "debian13",
+            },
+            "gpu01: expected `distribution` ubuntu2404, as the image's; got debian13",
+        ),
+        (
+            {"distribution": "debian12", "services": {"ollama": {"image": IMAGE}}},
+            "gpu01: expected no `services` on debian12",
+        ),
     ],
 )
 def test_wrong_value_is_named_with_what_would_be_right(
@@ -95,6 +157,70 @@ def test_wrong_value_is_named_with_what_would_be_right(
 
     assert expected in message
     assert "nothing was changed" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "url"),
+    [
+        (
+            "debian12",
+            "20251112-2294",
+            "cloud.debian.org/images/cloud/bookworm/20251112-2294/debian-12-genericcloud-amd64",
+        ),
+        (
+            "debian13",
+            "20251117-2299",
+            "cloud.debian.org/images/cloud/trixie/20251117-2299/debian-13-genericcloud-amd64",
+        ),
+        ("ubuntu2204", "20251112", "cloud-images.ubuntu.com/releases/jammy/release-20251112/ubuntu-22.04-server"),
+        ("ubuntu2404", "20251113.1", "cloud-images.ubuntu.com/releases/noble/release-20251113.1/ubuntu-24.04-server"),
+    ],
+)
+def test_named_image_says_where_it_comes_from_and_what_it_holds(
+    tmp_path: Path, name: str, release: str, url: str
+) -> None:
+    image = {"name": name, "release": release, "checksum": CHECKSUM}
+    guest = inventory.load(lab_file(tmp_path, guests={"gpu01": {**GUEST, "image": image}})).guests["gpu01"]
+
+    assert guest.image.url.startswith(f"https://{url}")
+    # A release of its own file, under a name that PVE imports.
+    assert guest.image.filename == f"{name}-{release}.qcow2"
+    assert guest.distribution == name
+    assert guest.packages.nvidia_repository == f"{name}/x86_64"
+
+
+def test_driver_packages_of_ubuntu_carry_the_branch(tmp_path: Path) -> None:
+    guest = {**GUEST, "distribution": "ubuntu2404", "nvidia": {"branch": "570"}}
+
+    packages = inventory.load(lab_file(tmp_path, guests={"gpu01": guest})).guests["gpu01"].packages
+    assert "nvidia-dkms-570-open" in packages.driver
+
+
+def test_first_network_is_where_the_guest_is_reached(tmp_path: Path) -> None:
+    networks = [{**FIRST, "bridge": "vmbr7", "vlan": 4}, {"mtu": 9000}]
+    guest = inventory.load(lab_file(tmp_path, guests={"gpu01": {**GUEST, **CARDS, "networks": networks}})).guests[
+        "gpu01"
+    ]
+
+    assert (guest.ssh_hostname, str(guest.address), guest.bridge) == ("192.0.2.101", "192.0.2.101/24", "vmbr7")
+    assert [(card.bridge, card.vlan, card.mtu) for card in guest.cards] == [("vmbr7", 4, None), ("vmbr0", None, 9000)]
+
+
+def test_one_nameserver_or_several(tmp_path: Path) -> None:
+    def servers(value: object) -> list[str]:
+        guests: dict[str, object] = {"gpu01": {**GUEST, "nameserver": value}}
+        return [str(server) for server in inventory.load(lab_file(tmp_path, guests=guests)).guests["gpu01"].nameserver]
+
+    assert servers("192.0.2.53") == ["192.0.2.53"]
+    assert servers(["192.0.2.53", "2001:db8::53"]) == ["192.0.2.53", "2001:db8::53"]
+    assert servers(None) == []
+
+
+@pytest.mark.parametrize("short", ["AB:CD", 20 * "ab", ""])
+def test_fingerprint_of_another_kind_is_refused(tmp_path: Path, short: str) -> None:
+    """SHA-1 is what some tools still show."""
+    told = refused(lab_file(tmp_path, {"pve1": {**NODE, "api": {"fingerprint": short}}}))
+    assert f"pve1: api.fingerprint = '{short}': expected" in told
 
 
 def test_missing_value_is_named(tmp_path: Path) -> None:

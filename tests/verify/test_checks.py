@@ -17,7 +17,10 @@ BOOTED = "BOOT_IMAGE=/boot/vmlinuz-6.14.8-2-pve root=/dev/sda1 ro "
 PLACED = {f"hypervisor.{name}" for name in ["vfio.bound", "iommu.group", "reset", "next_boot.initramfs"]}
 UNREADABLE = {"path": "/boot/initrd.img-6", "error": "gone", "missing": False}
 INITRAMFS = "hypervisor.next_boot.initramfs"
-NEED_VM = ["running", "cores", "memory", "machine", "gpu", "onboot", "network", "disks", "mapping", "pending"]
+NEED_VM = [
+    *("running", "cores", "memory", "machine", "gpu", "onboot", "network", "disks", "mapping", "pending"),
+    *("cloudinit", "cpu_type", "numa", "pinning", "startup", "protection", "labels"),
+]
 VM = {f"vm.{name}" for name in NEED_VM}
 GPU = {f"nvidia.gpu.{name}" for name in ["memory", "link", "persistence", "memory_health"]}
 OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
@@ -83,7 +86,7 @@ CASES: list[Case] = [
     ("hypervisor.reboot_pending", "hypervisor.next_boot.cmdline", f"root=/dev/sda1 {WORDS}", set()),
     ("vm.api.reachable", "api", {"error": "pve1: no connection", "state": "", "version": None}, set()),
     ("vm.exists", "vm", {"exists": False}, VM),
-    ("vm.exists", "vm.config.tags", "production", set()),
+    ("vm.exists", "vm.config.tags", "gpu", set()),
     ("vm.running", "vm.status", "stopped", set()),
     ("vm.cores", "vm.config.cores", 4, set()),
     ("vm.memory", "vm.config.memory", "current=8192", set()),
@@ -91,7 +94,26 @@ CASES: list[Case] = [
     ("vm.gpu", "vm.config.hostpci0", "mapping=a4000", set()),
     ("vm.gpu", "vm.config.hostpci1", "0000:03:00.0", set()),
     ("vm.onboot", "vm.config.onboot", 0, set()),
+    ("vm.machine", "vm.config.machine", "pc-q35-9.2", set()),
     ("vm.network", "vm.config.net0", "virtio=BC:24:11:00:00:01,bridge=vmbr7", set()),
+    ("vm.network", "vm.config.net0", "virtio=BC:24:11:00:00:01,bridge=vmbr0,tag=4", set()),
+    ("vm.network", "vm.config.net1", "virtio=BC:24:11:00:00:02,bridge=vmbr1,tag=30", set()),
+    ("vm.network", "vm.config.net1", "virtio=BC:24:11:00:00:99,bridge=vmbr1,mtu=9000,tag=30", set()),
+    ("vm.network", "vm.config.net2", "virtio=BC:24:11:00:00:03,bridge=vmbr0", set()),
+    ("vm.cloudinit", "vm.config.ipconfig0", "ip=192.0.2.101/24", set()),
+    ("vm.cloudinit", "vm.config.ipconfig1", "ip=192.0.2.7/24", set()),
+    ("vm.cloudinit", "vm.config.nameserver", "192.0.2.54 192.0.2.53", set()),
+    ("vm.cloudinit", "vm.config.searchdomain", "example", set()),
+    ("vm.cpu_type", "vm.config.cpu", "x86-64-v2-AES", set()),
+    ("vm.numa", "vm.config.numa", 0, set()),
+    ("vm.numa", "vm.config.numa0", "memory=16384,cpus=0-3;6", set()),
+    ("vm.numa", "vm.config.numa1", "memory=16384,cpus=4", set()),
+    ("vm.pinning", "vm.config.affinity", "0-3", set()),
+    ("vm.pinning", "vm.config.hugepages", "2", set()),
+    ("vm.startup", "vm.config.startup", "2", set()),
+    ("vm.protection", "vm.config.protection", 0, set()),
+    ("vm.labels", "vm.config.tags", "gpulab;gpu;other", set()),
+    ("vm.labels", "vm.config.description", "Another.", set()),
     ("vm.disks", "vm.config.scsi1", "local-lvm:vm-101-disk-1,size=20G", set()),
     ("vm.disks", "vm.config.scsi0", "", set()),
     ("vm.mapping", "vm.mapping", None, set()),

@@ -10,6 +10,7 @@ from typing import Any
 import requests
 from proxmoxer import ProxmoxAPI
 from proxmoxer.core import ResourceException
+from requests.adapters import HTTPAdapter
 
 from inventory import GpulabError, Guest, Node
 from inventory.secrets import Secrets, variable
@@ -71,7 +72,8 @@ class Api:
             reason = "has the wrong form" if token else "is missing"
             place = f"{node.state / 'secrets.json'} and {variable(node.cluster_name, 'api_token')}"
             return refused(f"{node.name}: the API token {reason}; looked in {place}", "there is no API token")
-        if not node.ca_file.is_file():
+        pinned = node.api.fingerprint
+        if pinned is None and not node.ca_file.is_file():
             return refused(
                 f"{node.name}: no CA certificate {node.ca_file} to check the API with", "there is no CA file"
             )
@@ -81,9 +83,12 @@ class Api:
             user=found["user"],
             token_name=found["name"],
             token_value=found["value"],
-            verify_ssl=str(node.ca_file),
+            # With a fingerprint the adapter below checks the certificate, before anything is sent.
+            verify_ssl=str(node.ca_file) if pinned is None else False,
             timeout=TIMEOUT_S,
         )
+        if pinned is not None:
+            self._client._store["session"].mount("https://", Pinned(pinned))
         try:
             version = self._client("version").get()
         except ResourceException as error:
@@ -94,7 +99,7 @@ class Api:
             return refused(reason.strip(), f"the API of {node.name} does not answer")
         except requests.exceptions.SSLError:
             return refused(
-                f"{node.name}: the certificate of {where} does not check against {node.ca_file}",
+                f"{node.name}: the certificate of {where} does not check against {pinned or node.ca_file}",
                 f"the certificate of {node.name} is not the cluster's",
             )
         except requests.exceptions.RequestException as error:
@@ -117,6 +122,17 @@ class Api:
             raise Unreadable(f"{self.node.name}: {what}".strip()) from None
         except requests.exceptions.RequestException:
             raise Unreadable(f"{self.node.name}: GET /{'/'.join(path)}: no answer") from None
+
+
+class Pinned(HTTPAdapter):
+    """HTTPS to the one server whose certificate has this SHA-256 fingerprint."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+        super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **keywords: Any) -> Any:
+        return super().init_poolmanager(*arguments, assert_fingerprint=self._fingerprint, **keywords)
 
 
 def refused(error: str, state: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.on("guests")
 
 DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 TAG = "gpulab"
+REBUILD = "gpulab-rebuild"
 
 
 @pytest.mark.critical
@@ -56,7 +57,8 @@ def test_vm_has_its_memory(guest: Guest, vm: Observation) -> None:
 @pytest.mark.promise("vm.machine", fix=DEPLOY)
 def test_vm_is_a_q35_machine(guest: Guest, vm: Observation) -> None:
     machine = str(config(guest, vm).get("machine", "(PVE's default, i440fx)"))
-    assert "q35" in machine, f"{guest.name}: machine {machine}, expected q35: PCI Express needs it"
+    type_ = options(machine).get("type", options(machine).get(""))
+    assert type_ == guest.machine, f"{guest.name}: machine {machine}, expected {guest.machine}: PCI Express needs q35"
 
 
 @pytest.mark.major
@@ -82,9 +84,113 @@ def test_vm_starts_with_its_node_as_declared(guest: Guest, vm: Observation) -> N
 
 @pytest.mark.major
 @pytest.mark.promise("vm.network", fix=DEPLOY)
-def test_vm_is_on_its_bridge(guest: Guest, vm: Observation) -> None:
-    net = options(str(config(guest, vm).get("net0", "")))
-    assert net.get("bridge") == guest.bridge, f"{guest.name}: bridge {net.get('bridge')}, expected {guest.bridge}"
+def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation) -> None:
+    keys = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"net[0-9]+", key)}
+    expected = [f"net{number}" for number in range(len(guest.cards))]
+    assert sorted(keys) == expected, f"{guest.name}: {', '.join(sorted(keys)) or 'no card'}, expected {expected}"
+    for key, card in zip(expected, guest.cards, strict=True):
+        found = options(keys[key])
+        for option, wanted in (("bridge", card.bridge), ("tag", card.vlan), ("mtu", card.mtu)):
+            seen = found.get(option)
+            told = f"{guest.name}: {key}: {option} {seen or '(none)'}, expected {wanted or 'none'}"
+            assert seen == (None if wanted is None else str(wanted)), told
+        mac = found.get("virtio", "no virtio card").lower()
+        assert card.mac in (None, mac) or card.mac.lower() == mac, (
+            f"{guest.name}: {key}: MAC {mac}, expected {card.mac}"
+        )
+
+
+@pytest.mark.major
+@pytest.mark.promise("vm.cloudinit", fix=DEPLOY)
+def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation) -> None:
+    keys = config(guest, vm)
+    for number, card in enumerate(guest.cards):
+        found = options(str(keys.get(f"ipconfig{number}", "ip=dhcp")))
+        wanted = str(card.address or "dhcp"), None if card.gateway is None else str(card.gateway)
+        told = f"{guest.name}: ipconfig{number}: {keys.get(f'ipconfig{number}')}, expected {wanted[0]} by {wanted[1]}"
+        assert (found.get("ip"), found.get("gw")) == wanted, told
+    servers = re.split(r"[;, ]+", str(keys.get("nameserver", "")))
+    wanted_servers = [str(server) for server in guest.nameserver]
+    if wanted_servers:
+        assert servers == wanted_servers, f"{guest.name}: nameserver {servers}, expected {wanted_servers}"
+    domain = keys.get("searchdomain")
+    assert guest.searchdomain in (None, domain), f"{guest.name}: searchdomain {domain}, expected {guest.searchdomain}"
+
+
+@pytest.mark.major
+@pytest.mark.promise("vm.cpu_type", fix=DEPLOY)
+def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation) -> None:
+    found = options(str(config(guest, vm).get("cpu", "kvm64")))
+    cpu = found.get("cputype", found.get(""))
+    assert cpu == guest.cpu_type, f"{guest.name}: cpu {cpu}, expected {guest.cpu_type}"
+
+
+@pytest.mark.major
+@pytest.mark.promise("vm.numa", fix=DEPLOY)
+def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation) -> None:
+    keys = config(guest, vm)
+    if guest.numa is None and not guest.numa_nodes:
+        return
+    on = bool(int(keys.get("numa", 0)))
+    assert on == (guest.numa is not False), f"{guest.name}: numa is {on}, expected {guest.numa is not False}"
+    found = {key: options(str(value)) for key, value in keys.items() if re.fullmatch(r"numa[0-9]+", key)}
+    wanted = {
+        f"numa{number}": {"cpus": each.cpus.replace(",", ";"), "memory": str(each.memory_mib)}
+        | ({"hostnodes": each.host_nodes.replace(",", ";"), "policy": str(each.policy)} if each.host_nodes else {})
+        for number, each in enumerate(guest.numa_nodes)
+    }
+    assert found == wanted, f"{guest.name}: NUMA nodes {found}, expected {wanted}"
+
+
+@pytest.mark.major
+@pytest.mark.promise("vm.pinning", fix=DEPLOY)
+def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation) -> None:
+    keys = config(guest, vm)
+    affinity, pages = keys.get("affinity"), keys.get("hugepages")
+    assert affinity == guest.affinity, (
+        f"{guest.name}: affinity {affinity or 'none'}, expected {guest.affinity or 'none'}"
+    )
+    wanted = {None: None, "2M": "2", "1G": "1024", "any": "any"}[guest.hugepages]
+    assert (None if pages is None else str(pages)) == wanted, (
+        f"{guest.name}: hugepages {pages or 'none'}, expected {wanted or 'none'}"
+    )
+
+
+@pytest.mark.minor
+@pytest.mark.promise("vm.startup", fix=DEPLOY)
+def test_vm_starts_in_its_order(guest: Guest, vm: Observation) -> None:
+    if guest.startup is None:
+        return
+    text = str(config(guest, vm).get("startup", ""))
+    found = options(text)
+    wanted = {"order": guest.startup.order, "up": guest.startup.up_s, "down": guest.startup.down_s}
+    seen = {"order": found.get("order", found.get("")) or None, "up": found.get("up"), "down": found.get("down")}
+    assert seen == {key: None if value is None else str(value) for key, value in wanted.items()}, (
+        f"{guest.name}: startup {text or 'none'}, expected {wanted}"
+    )
+
+
+@pytest.mark.major
+@pytest.mark.promise("vm.protection", fix=DEPLOY)
+def test_vm_is_protected_as_declared(guest: Guest, vm: Observation) -> None:
+    found = bool(int(config(guest, vm).get("protection", 0)))
+    assert found == guest.protection, f"{guest.name}: protection is {found}, expected {guest.protection}"
+
+
+@pytest.mark.minor
+@pytest.mark.promise("vm.labels", fix=DEPLOY)
+def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation) -> None:
+    keys = config(guest, vm)
+    # Our own tag is what vm.exists is about.
+    tags = sorted(set(filter(None, re.split(r"[;, ]+", str(keys.get("tags", ""))))) - {TAG})
+    wanted = sorted({*guest.tags} - {TAG})
+    assert tags == wanted, f"{guest.name}: tags {', '.join(tags) or 'none'}, expected {', '.join(wanted)}"
+    if guest.description is not None:
+        # A rebuild notes its progress in a line of its own.
+        lines = [line for line in str(keys.get("description", "")).splitlines() if line.split(" ")[0] != REBUILD]
+        assert "\n".join(lines).rstrip() == guest.description.rstrip(), (
+            f"{guest.name}: description {' '.join(lines)!r}, expected {guest.description!r}"
+        )
 
 
 @pytest.mark.major
