@@ -4,6 +4,9 @@
 The API is asked first. Absent or stopped: nothing is read, every fact is empty, the plan says `assumed`. Running
 and reachable: a host like any other. Running but unreachable: the host fails, in `--dry` too, since an outage must
 not plan as "build everything".
+
+During a rebuild the connection stays closed until the new system disk is in place: nothing is decided from what the
+old system says, and one that cannot be reached can be rebuilt.
 """
 
 from __future__ import annotations
@@ -11,19 +14,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pyinfra.api import StringCommand
+from pyinfra.api import Host, State, StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.state import StateStage
 from pyinfra.connectors.util import CommandOutput
 
 from connectors.base import LabConnector
 from inventory import GpulabError
-from operations.proxmox import host_keys, vm
+from operations.proxmox import host_keys, rebuild, vm
 from operations.proxmox.client import Client
 
 
 class GuestConnector(LabConnector):
-    """SSH to a guest, opened when the guest is there."""
+    """SSH to a guest, opened when the guest is there. `closed`: it is about to get another system."""
+
+    def __init__(self, state: State, host: Host) -> None:
+        super().__init__(state, host)
+        self.closed = rebuild.begun(state, self.lab)
 
     def connect(self) -> None:
         """Decide which of the three cases holds.
@@ -31,6 +38,9 @@ class GuestConnector(LabConnector):
         Raises:
             ConnectError: the node's API does not answer, or the guest runs and cannot be reached.
         """
+        if self.closed:
+            self.assumed = True
+            return
         guest = self.lab.guests[self.host.name]
         node = self.lab.node_of(guest)
         try:
@@ -57,6 +67,12 @@ class GuestConnector(LabConnector):
                 if "does not match" in str(error) or "Authentication" in str(error):
                     raise ConnectError(str(error)) from None
             time.sleep(1)
+
+    def open(self) -> None:
+        """As over SSH, unless the guest is about to get another system."""
+        if self.closed:
+            raise ConnectError(f"{self.host.name}: its connection stays closed until the new system disk is in place")
+        super().open()
 
     def run_shell_command(
         self, command: StringCommand, print_output: bool = False, print_input: bool = False, **arguments: Any

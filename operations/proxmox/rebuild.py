@@ -1,0 +1,855 @@
+# SPDX-License-Identifier: MIT
+"""A guest's system disk made anew: the image imported over `scsi0`, the old disk kept by PVE as `unusedN`.
+
+Each step reads the VM and does its part only where it is what comes next (operations/proxmox/swap.py), so a run
+that follows a killed one goes on where that one was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+from weakref import WeakKeyDictionary
+
+import click
+from pyinfra import context, logger
+from pyinfra.api import Host, State
+from pyinfra.api.state import BaseStateCallback, StateStage
+
+import inventory
+from inventory import GpulabError, Guest, Lab, Node
+from inventory.resolve import CliError
+from operations import step
+from operations.proxmox import config as declared
+from operations.proxmox import host_keys, vm
+from operations.proxmox.client import ApiError, Client, TaskFailed
+from operations.proxmox.swap import (
+    ADOPTED,
+    SYSTEM,
+    Marker,
+    Next,
+    Stage,
+    Subject,
+    changed_identity,
+    data_disks,
+    described,
+    drives,
+    first_mark,
+    going_back,
+    identity,
+    leftovers,
+    marker,
+    new_disk,
+    next_step,
+    problems,
+    stage,
+    taken_over,
+    unused,
+    without_old,
+)
+from operations.proxmox.vm import VmState
+
+#: Seconds that a guest gets to shut down before it is switched off, and for an import on a slow disk.
+SHUTDOWN_S, IMPORT_S = 180, 1800.0
+#: Seconds for verify; its benchmarks take two minutes.
+VERIFY_S = 1800.0
+#: How often a configuration that somebody else has just changed is read again.
+TRIES = 5
+DAY_S = 86400
+ROOT = Path(__file__).parents[2]
+
+
+# One run.
+
+
+@dataclass
+class Order:
+    """What this run of rebuild.py was asked for. `keep_old`: days; None: nobody said."""
+
+    lab: str
+    run: str
+    rollback: bool = False
+    keep_old: int | None = None
+    take_over: bool = False
+    #: Words of `--data`, for verify.
+    data: tuple[str, ...] = ()
+    #: Set while an old disk is there to go back to.
+    way_back: WayBack | None = None
+
+
+_orders: WeakKeyDictionary[State, Order] = WeakKeyDictionary()
+#: Held while a run is at work, by state: the kernel lets go of it when the process ends, however it ends.
+_locks: WeakKeyDictionary[State, IO[str]] = WeakKeyDictionary()
+
+
+def begun(state: State, lab: Lab) -> bool:
+    """Is this a run of rebuild.py? It is then checked to be about exactly one guest, before any connection.
+
+    Raises:
+        CliError: it is about several hosts, none, or a node.
+    """
+    command = click.get_current_context(silent=True)
+    files = [Path(str(word)).name for word in (command.params.get("operations") or ())] if command else []
+    if command is None or "rebuild.py" not in files:
+        return False
+    if state not in _orders:
+        limit = state.limit_hosts
+        chosen = [host.name for host in state.inventory if limit is None or host in limit]
+        if len(chosen) != 1 or chosen[0] not in lab.guests:
+            raise CliError(
+                "rebuild.py rebuilds exactly one guest; nothing was done.\n"
+                f"This run is about {', '.join(chosen) or 'no host'}.\n"
+                f"hint: --limit with one of {', '.join(lab.guests)}"
+            )
+        words = dict(state.inventory.override_data)
+        _orders[state] = Order(
+            lab=str(command.params["inventory"]),
+            run=f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}:{int(time.time())}",
+            rollback=bool(words.get("rollback")),
+            # Zero that somebody wrote means more than the default: a disk that is kept goes now.
+            keep_old=state.inventory.get_host(chosen[0]).data.get("keep_old"),
+            take_over=bool(words.get("take_over")),
+            data=tuple(f"{key}={_word(value)}" for key, value in words.items() if key not in inventory.RUN_WORDS),
+        )
+    return True
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def order() -> Order:
+    """This run's order, for rebuild.py.
+
+    Raises:
+        GpulabError: the file is read in a run that no guest's connector has seen.
+    """
+    found = _orders.get(context.ctx_state.get())
+    if found is None:
+        raise GpulabError(
+            "rebuild.py rebuilds exactly one guest; nothing was done.",
+            resolution="pyinfra inventory/lab.py rebuild.py --limit gpu01",
+        )
+    return found
+
+
+def release(state: State) -> None:
+    """Let go of the run's lock."""
+    if state in _locks:
+        _locks.pop(state).close()
+
+
+class WayBack(BaseStateCallback):
+    """Says after any failed step what lies where, and how to go on or back."""
+
+    def __init__(self, guest: Guest, lab: str, old: str) -> None:
+        self.guest, self.lab, self.old = guest, lab, old
+
+    def operation_host_error(
+        self, state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
+    ) -> None:
+        for line in way_back(self.guest, self.lab, self.old) if self.old else ():
+            logger.error(f"{host.print_prefix}{line}")
+
+
+def _offer_way_back(guest: Guest, asked: Order, found: VmState) -> None:
+    """From now on a failed step says how to go back, if the old disk is there."""
+    mark = marker(found.config)
+    swapped = stage(found.config) in (Stage.SWAPPED, Stage.VERIFIED)
+    if mark is not None and swapped and asked.way_back is None and not asked.rollback:
+        asked.way_back = WayBack(guest, asked.lab, mark.old)
+        context.ctx_state.get().add_callback_handler(asked.way_back)
+
+
+def way_back(guest: Guest, lab: str, old: str) -> list[str]:
+    """What a user is told when the new system is in place and something failed."""
+    command = f"pyinfra {lab} rebuild.py --limit {guest.name}"
+    return [
+        f"{guest.name}: the old system disk {old} is kept; the data disk was not touched.",
+        f"hint: repair what failed, then `{command}` goes on from here; `{command} --data rollback=1` goes back",
+    ]
+
+
+# Reading.
+
+
+def _here() -> tuple[Host, Guest, Node, Client, Order]:
+    host: Host = context.ctx_host.get()
+    lab = inventory.of_run(context.ctx_state.get())
+    guest = lab.guests[host.name]
+    node = lab.node_of(guest)
+    return host, guest, node, Client(node, host=host), order()
+
+
+def _executing() -> bool:
+    return context.state.current_stage >= StateStage.Execute
+
+
+def _where(client: Client, guest: Guest, *rest: str) -> tuple[str | int, ...]:
+    return ("nodes", client.node.name, "qemu", guest.vmid, *rest)
+
+
+def _found(client: Client, guest: Guest) -> VmState | None:
+    """The VM, or None when there is none.
+
+    Raises:
+        GpulabError: it does not carry our tag: nothing of it is touched.
+    """
+    found = vm.read_state(client, guest.vmid)
+    # A creation that was cut off holds nothing yet; the deploy says what to do with it.
+    if found is not None and not declared.is_ours(found.config) and found.lock != "create":
+        raise GpulabError(
+            f"{guest.name}: vmid = {guest.vmid}: {client.node.name} has a VM of that id that is not ours",
+            f"Its name is {found.config.get('name', '(none)')!r}; it lacks the tag {declared.TAG!r}.",
+            "choose another vmid in the inventory",
+        )
+    return found
+
+
+def _there(client: Client, guest: Guest) -> VmState:
+    found = _found(client, guest)
+    if found is None:
+        raise GpulabError(f"{guest.name}: VM {guest.vmid} on {client.node.name} has gone while it was rebuilt")
+    return found
+
+
+def _sizes(client: Client, guest: Guest, config: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each volume that its storage lists as this VM's."""
+    volids = [*drives(config).values(), *unused(config).values()]
+    sizes = {}
+    for storage in sorted({guest.disk_storage, *(volid.partition(":")[0] for volid in volids)}):
+        content = ("nodes", client.node.name, "storage", storage, "content")
+        for item in client.get(*content, content="images", vmid=guest.vmid):
+            sizes[str(item["volid"])] = int(item["size"])
+    return sizes
+
+
+def _subject(client: Client, guest: Guest, node: Node, found: VmState) -> Subject:
+    items = client.get(*_where(client, guest, "pending"))
+    images = client.get("nodes", node.name, "storage", node.image_storage, "content", content="import")
+    return Subject(
+        vm=found,
+        pending=tuple(sorted(str(item["key"]) for item in items if "pending" in item or item.get("delete"))),
+        snapshots=tuple(
+            str(item["name"]) for item in client.get(*_where(client, guest, "snapshot")) if item["name"] != "current"
+        ),
+        sizes=_sizes(client, guest, found.config),
+        free=int(client.get("nodes", node.name, "storage", guest.disk_storage, "status")["avail"]),
+        image=declared.image_volume(guest, node) in [item["volid"] for item in images],
+    )
+
+
+def _at_work(client: Client, guest: Guest) -> list[Mapping[str, Any]]:
+    """The tasks that work on the VM right now, whoever began them."""
+    tasks = client.get("nodes", client.node.name, "tasks", source="active", vmid=guest.vmid)
+    return [item for item in tasks if str(item.get("id")) == str(guest.vmid) and "status" not in item]
+
+
+# Changing.
+
+
+def _change(client: Client, guest: Guest, decide: Callable[[VmState], Mapping[str, Any] | None]) -> VmState:
+    """Write to the configuration what `decide` says of its newest state, until it says None.
+
+    The digest goes with every write; a refused one, and one whose answer was lost, is decided anew.
+    """
+    for _ in range(TRIES):
+        found = _there(client, guest)
+        wanted = decide(found)
+        if wanted is None:
+            return found
+        try:
+            client.change("PUT", *_where(client, guest, "config"), **wanted, digest=found.config["digest"])
+        except ApiError as error:
+            if not _outdated(error):
+                raise
+    found = _there(client, guest)
+    if decide(found) is None:
+        return found
+    raise GpulabError(
+        f"{guest.name}: the configuration of VM {guest.vmid} changes faster than it can be written",
+        resolution="see in the node's task list who works on it, then run again",
+    )
+
+
+def _outdated(error: ApiError) -> bool:
+    """Did somebody else (or this very request, when its answer was lost) change the file in between?"""
+    return "checksum mismatch" in error.message or "detected modified configuration" in error.message
+
+
+def _mine(found: VmState, guest: Guest, run: str) -> Marker:
+    """The marker, when this run wrote it.
+
+    Raises:
+        GpulabError: another run took over, or somebody removed our line.
+    """
+    mark = marker(found.config)
+    if mark is None or mark.run != run:
+        who = f"the run {mark.run} has taken over" if mark else "somebody removed gpulab's line of its description"
+        raise GpulabError(f"{guest.name}: VM {guest.vmid} is no longer this run's: {who}", "Nothing more was done.")
+    return mark
+
+
+def _write_mark(client: Client, guest: Guest, wanted: Callable[[VmState], Marker | None], **also: Any) -> VmState:
+    """Write the marker, and the keys of `also` in the same call."""
+
+    def decide(found: VmState) -> Mapping[str, Any] | None:
+        text = described(found.config, wanted(found))
+        keys = {key: value for key, value in also.items() if str(found.config.get(key, "")) != str(value)}
+        # PVE cuts white space at the end.
+        if text.rstrip() == str(found.config.get("description", "")).rstrip() and not keys:
+            return None
+        return {"description": text, **keys}
+
+    return _change(client, guest, decide)
+
+
+def _free(client: Client, guest: Guest, volid: str, run: str, allowed: Callable[[VmState], bool]) -> None:
+    """Free one volume. Protection is lifted around it, and is back whatever happens.
+
+    `allowed` is asked of the newest configuration before every write: only a volume that it still names as idle goes.
+    """
+
+    def wanted(found: VmState) -> Mapping[str, Any] | None:
+        _mine(found, guest, run)
+        if not allowed(found):
+            return None
+        key = next((key for key, known in unused(found.config).items() if known == volid), None)
+        if key is None and drives(found.config).get(ADOPTED) == volid:
+            key = ADOPTED
+        if key is not None:
+            return {"delete": key}
+        return {ADOPTED: volid} if volid in _sizes(client, guest, found.config) else None
+
+    def protect(value: int) -> None:
+        # A write of its own, so that a lost answer can be sent again.
+        _change(
+            client,
+            guest,
+            lambda found: None if str(found.config.get("protection", 0)) == str(value) else {"protection": value},
+        )
+
+    if wanted(_there(client, guest)) is None:
+        return
+    try:
+        protect(0)
+        _change(client, guest, wanted)
+    finally:
+        protect(1)
+
+
+def _lock(state: State, guest: Guest, run: str) -> None:
+    """Be the only rebuild of this guest on this machine until the process ends.
+
+    Raises:
+        GpulabError: another one is at work.
+    """
+    if state in _locks:
+        return
+    path = guest.state / f"rebuild-{guest.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = open(path, "a")  # noqa: SIM115  (held until the run ends)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise _busy(guest, f"the run {path.read_text().strip()}") from None
+    file.truncate(0)
+    file.write(run + "\n")
+    file.flush()
+    _locks[state] = file
+
+
+def _busy(guest: Guest, who: str, hint: str = "wait until it has ended") -> GpulabError:
+    return GpulabError(f"{guest.name}: somebody is at work on VM {guest.vmid}: {who}", "Nothing was done.", hint)
+
+
+def _check_others(client: Client, guest: Guest, order: Order, mark: Marker | None) -> list[Mapping[str, Any]]:
+    """The tasks of a dead run of ours that have to end first.
+
+    Raises:
+        GpulabError: the VM is somebody else's right now.
+    """
+    host = mark.run.rpartition("@")[2].partition(":")[0] if mark and mark.old else ""
+    if host and host != socket.gethostname() and not order.take_over:
+        raise _busy(
+            guest,
+            f"the run {mark.run if mark else ''}, as its description says",
+            f"ask on {host}; when that run is dead, --data take_over=1 goes on in its place",
+        )
+    tasks = _at_work(client, guest)
+    if tasks and not host:
+        task = tasks[0]
+        who = f"{task.get('user')}!{task['tokenid']}" if task.get("tokenid") else task.get("user")
+        since = time.strftime("%H:%M:%S", time.localtime(int(task["starttime"])))
+        raise _busy(guest, f"task {task['type']} of {who}, since {since}")
+    return tasks
+
+
+# The steps of rebuild.py.
+
+
+@step.step
+def preflight() -> step.Commands:
+    """
+    Refuse a rebuild that could not work, and show all of it in the plan.
+
+    Takes the lock that keeps a second run away. Changes nothing.
+    """
+    _, guest, node, client, asked = _here()
+    found = _found(client, guest)
+    if _executing():
+        _lock(context.ctx_state.get(), guest, asked.run)
+    if found is None or found.lock == "create":
+        step.noop(f"there is no VM {guest.vmid}: it will be created")
+        return
+    mark = marker(found.config)
+    if tasks := _check_others(client, guest, asked, mark):
+        step.changes(f"wait for {', '.join(str(item['type']) for item in tasks)} of a killed run")
+        yield step.call(_await_tasks, client, [str(item["upid"]) for item in tasks])
+        if _executing():
+            found = _there(client, guest)
+    subject = _subject(client, guest, node, found)
+    if not _executing():
+        # It is downloaded before anything is stopped.
+        subject = replace(subject, image=True)
+    _refuse_kept(guest, asked, subject)
+    if wrong := problems(subject, guest, node):
+        raise GpulabError(
+            f"{guest.name}: VM {guest.vmid} on {node.name} cannot be rebuilt: {wrong[0]}",
+            "\n".join(f"  {line}" for line in wrong[1:]),
+        )
+    subject_line, lines = _plan(subject, guest, node, asked)
+    step.changes(subject_line, lines)
+    step.reboots("the system disk is replaced")
+    yield from ()
+
+
+def _refuse_kept(guest: Guest, asked: Order, subject: Subject) -> None:
+    mark = marker(subject.config)
+    if mark is None or subject.stage is not Stage.VERIFIED or mark.until <= time.time() or asked.keep_old == 0:
+        return
+    raise GpulabError(
+        f"{guest.name}: rebuilt and verified on {_day(mark.verified)}; the old system disk {mark.old} is kept until "
+        f"{_day(mark.until)}",
+        "Nothing was done.",
+        f"`pyinfra {asked.lab} rebuild.py --limit {guest.name} --data keep_old=0` deletes it now, then the guest can "
+        "be rebuilt again; with `--data rollback=1` it comes back",
+    )
+
+
+def _day(moment: int) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
+def _plan(subject: Subject, guest: Guest, node: Node, asked: Order) -> tuple[str, tuple[str, ...]]:
+    """The whole rebuild as one entry of the plan, from where it stands."""
+    config, mark = subject.config, marker(subject.config)
+    name, image = f"VM {guest.vmid} on {node.name}", declared.image_volume(guest, node)
+    data = tuple(f"{key}: {volid} stays as it is" for key, volid in data_disks(config).items())
+    days = asked.keep_old or 0
+    if subject.stage in (Stage.IDLE, Stage.BEFORE):
+        old = drives(config)[SYSTEM]
+        waste = leftovers(config, subject.sizes, guest.disk_storage, guest.vmid)
+        subject_line = f"rebuild {name}"
+        lines: tuple[str, ...] = (
+            *(["shut down"] if subject.running else []),
+            *(f"delete {volid}, which an earlier rebuild left" for volid in waste),
+            f"{SYSTEM}: {old} -> a new disk of {guest.system_disk_gib} GiB from {image}",
+        )
+    else:
+        old = mark.old if mark else ""
+        subject_line, lines = f"go on with the rebuild of {name}", (f"it is there: {subject.stage.value}",)
+    end = f"kept for {days} days" if days else "deleted"
+    last = () if subject.stage is Stage.DELETED else (f"when verify passes: the old disk {old} is {end}",)
+    return subject_line, (*lines, *data, "deploy, as listed below", *last)
+
+
+def _await_tasks(client: Client, upids: list[str]) -> None:
+    for upid in upids:
+        try:
+            client.wait(upid, IMPORT_S)
+        except TaskFailed as error:
+            # How it ended is seen in the VM itself.
+            logger.info(error.brief)
+
+
+def _next(client: Client, guest: Guest, asked: Order, found: VmState | None) -> Next:
+    """Where this run stands. A creation that was cut off counts as no VM: the deploy says what to do with it."""
+    if found is None or found.lock == "create":
+        return Next.CREATE
+    waste: list[str] = []
+    if stage(found.config) is Stage.BEFORE and found.status != "running":
+        waste = leftovers(found.config, _sizes(client, guest, found.config), guest.disk_storage, guest.vmid)
+    return next_step(found.config, found.status == "running", asked.run, waste, asked.rollback)
+
+
+@step.step
+def stopped() -> step.Commands:
+    """Shut the VM down; a guest that takes more than three minutes is switched off. Not one with the new system."""
+    _, guest, _, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.STOP:
+        step.noop(f"{guest.name} does not have to be stopped")
+        return
+    yield step.call(_stop, client, guest)
+
+
+def _stop(client: Client, guest: Guest) -> None:
+    status = _where(client, guest, "status")
+    try:
+        client.run_task(
+            "POST",
+            *status,
+            "shutdown",
+            task="qmshutdown",
+            deadline_s=SHUTDOWN_S + 120,
+            forceStop=1,
+            timeout=SHUTDOWN_S,
+        )
+    except GpulabError:
+        if client.get(*status, "current")["status"] == "running":
+            raise
+    _require_stopped(client, guest)
+
+
+def _require_stopped(client: Client, guest: Guest) -> None:
+    """With another volume on scsi0, PVE would try to unplug the system disk of a running VM.
+
+    Raises:
+        GpulabError: the VM runs.
+    """
+    if client.get(*_where(client, guest, "status", "current"))["status"] == "running":
+        raise GpulabError(
+            f"{guest.name}: VM {guest.vmid} runs; its system disk is only replaced while it is stopped",
+            resolution="see who started it, then run again",
+        )
+
+
+@step.step
+def marked() -> step.Commands:
+    """Note in the VM's description, alone in its call, which volume is the old one and which run is at work."""
+    _, guest, _, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.MARK:
+        step.noop(f"VM {guest.vmid} is marked as this run's")
+        return
+    yield step.call(_mark, client, guest, asked)
+
+
+def _mark(client: Client, guest: Guest, asked: Order) -> None:
+    began = marker(_there(client, guest).config)
+
+    def wanted(found: VmState) -> Marker:
+        mark = marker(found.config)
+        if mark is not None and mark.run not in (asked.run, began.run if began else asked.run):
+            _mine(found, guest, asked.run)
+        sizes = _sizes(client, guest, found.config)
+        if mark is None or stage(found.config, sizes) is Stage.IDLE:
+            return first_mark(Subject(found, sizes=sizes), guest, asked.run)
+        mark = taken_over(mark, found.config, asked.run)
+        return going_back(mark, found.config, sizes) if asked.rollback else mark
+
+    _write_mark(client, guest, wanted)
+
+
+@step.step
+def leftovers_removed() -> step.Commands:
+    """Free what a cut-off or rolled back rebuild left: noted waste, and the orphan of a killed import."""
+    _, guest, _, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.CLEAN:
+        step.noop("no earlier rebuild left anything")
+        return
+    yield step.call(_clean, client, guest, asked)
+
+
+def _clean(client: Client, guest: Guest, asked: Order) -> None:
+    found = _there(client, guest)
+    mark = _mine(found, guest, asked.run)
+    _require_stopped(client, guest)
+    sizes = _sizes(client, guest, found.config)
+    waste = leftovers(found.config, sizes, guest.disk_storage, guest.vmid)
+    # Noted first: an orphan that is attached, to be freed, must not be taken for a data disk after a crash.
+    noted = replace(mark, waste=tuple(f"{volid}@{sizes[volid]}" for volid in waste))
+    _write_mark(client, guest, lambda _: noted)
+    for volid in waste:
+        _free(client, guest, volid, asked.run, partial(_is_waste, volid, sizes, guest))
+    _write_mark(client, guest, lambda _: replace(noted, waste=()))
+
+
+def _is_waste(volid: str, sizes: Mapping[str, int], guest: Guest, found: VmState) -> bool:
+    return volid in leftovers(found.config, sizes, guest.disk_storage, guest.vmid)
+
+
+@step.step
+def swapped() -> step.Commands:
+    """Import the image over `scsi0`, alone in its call and only while the VM is stopped; PVE keeps the old disk."""
+    _, guest, node, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.IMPORT:
+        step.noop(f"VM {guest.vmid} has its new system disk")
+        return
+    yield step.call(_swap, client, guest, node, asked)
+
+
+def _swap(client: Client, guest: Guest, node: Node, asked: Order) -> None:
+    for _ in range(TRIES):
+        found = _there(client, guest)
+        mark = _mine(found, guest, asked.run)
+        if stage(found.config) is not Stage.BEFORE:
+            break
+        _require_stopped(client, guest)
+        try:
+            client.run_task(
+                "POST",
+                *_where(client, guest, "config"),
+                task="qmconfig",
+                deadline_s=IMPORT_S,
+                **{SYSTEM: new_disk(found.config, guest, node)},
+                digest=found.config["digest"],
+            )
+        except ApiError as error:
+            if not _outdated(error):
+                raise
+    after = _there(client, guest)
+    _offer_way_back(guest, asked, after)
+    if stage(after.config) is not Stage.SWAPPED or mark.old not in unused(after.config).values():
+        raise GpulabError(f"{guest.name}: after the import VM {guest.vmid} is not swapped: {stage(after.config).value}")
+    _check_identity(after.config, guest)
+
+
+def _check_identity(config: Mapping[str, Any], guest: Guest) -> None:
+    if wrong := changed_identity(config):
+        raise GpulabError(
+            f"{guest.name}: VM {guest.vmid} is not the VM whose rebuild began: {wrong[0]}",
+            "\n".join(f"  {line}" for line in wrong[1:]),
+            "nothing more was done; see in the node's task list who changed it",
+        )
+
+
+@step.step
+def prepared() -> step.Commands:
+    """Give the new disk its size and have PVE write cloud-init's drive anew, while the VM is still stopped."""
+    _, guest, _, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.PREPARE:
+        step.noop(f"{guest.name} has its new system")
+        return
+    yield step.call(_prepare, client, guest, asked)
+
+
+def _prepare(client: Client, guest: Guest, asked: Order) -> None:
+    _offer_way_back(guest, asked, _there(client, guest))
+    for _ in range(TRIES):
+        found = _there(client, guest)
+        size = declared.growth(found.config, guest).get(SYSTEM)
+        if size is None:
+            break
+        resize = {"disk": SYSTEM, "size": size, "digest": found.config["digest"]}
+        try:
+            client.run_task("PUT", *_where(client, guest, "resize"), task="resize", deadline_s=300, **resize)
+        except ApiError as error:
+            if not _outdated(error):
+                raise
+    client.change("PUT", *_where(client, guest, "cloudinit"))
+
+
+@step.step
+def connection_opened() -> step.Commands:
+    """
+    Forget the SSH host key of the system that has just been replaced, and let the guest's connection be opened.
+
+    The key of the system that boots now is read through the guest agent.
+    """
+    host, guest, _, client, asked = _here()
+    found = _found(client, guest)
+    if not _executing():
+        return
+    if _next(client, guest, asked, found) not in (Next.CREATE, Next.DEPLOY, Next.PREPARE, Next.START):
+        raise GpulabError(f"{guest.name}: VM {guest.vmid} still has the system that was to be replaced")
+    yield step.call(_open, host, guest, asked, found)
+
+
+def _open(host: Host, guest: Guest, asked: Order, found: VmState | None) -> None:
+    mark = marker(found.config) if found else None
+    if found is not None and mark is not None and mark.old:
+        _offer_way_back(guest, asked, found)
+        host_keys.pin(guest.state, guest.ssh_hostname, guest.ssh_port, [])
+    host.connector.closed = False
+
+
+@step.step
+def verified() -> step.Commands:
+    """Run `pytest verify` for this guest; a status other than 0 fails the host, so that the old disk stays."""
+    _, guest, _, client, asked = _here()
+    found = _found(client, guest)
+    if not _executing():
+        return
+    yield step.call(_verify, client, guest, asked, found is not None and marker(found.config) is not None)
+
+
+def verify_command(guest: Guest, asked: Order, report: Path) -> list[str]:
+    """What checks this guest from outside."""
+    words = [word for pair in asked.data for word in ("--data", pair)]
+    lab = str(Path(asked.lab).resolve())
+    only = ["--lab", lab, "--limit", guest.name, "--report", str(report)]
+    return [sys.executable, "-m", "pytest", "verify", *only, *words]
+
+
+def _verify(client: Client, guest: Guest, asked: Order, rebuilding: bool) -> None:
+    report = (Path("reports") / "rebuild" / guest.name).resolve()
+    report.mkdir(parents=True, exist_ok=True)
+    log = report / "verify.log"
+    with open(log, "w") as output:
+        try:
+            status = subprocess.run(
+                verify_command(guest, asked, report),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=VERIFY_S,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise GpulabError(f"{guest.name}: verify has not ended after {VERIFY_S:.0f} s", f"See {log}.") from None
+    if status != 0:
+        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-8:]
+        raise GpulabError(
+            f"{guest.name}: the new system does not pass verify (exit status {status})",
+            "\n".join(f"  {line}" for line in tail),
+            f"the whole output is in {log}",
+        )
+    if rebuilding:
+        now = int(time.time())
+        _write_mark(client, guest, lambda found: _passed(_mine(found, guest, asked.run), now))
+
+
+def _passed(mark: Marker, now: int) -> Marker:
+    return replace(mark, verified=mark.verified or now)
+
+
+@step.step
+def old_disk_deleted() -> step.Commands:
+    """
+    Delete the old system disk by its volume id, or keep it as long as `keep_old` says.
+
+    Only after a passed verify, only an idle volume of the size noted, only while the VM is the one that it was.
+    """
+    _, guest, _, client, asked = _here()
+    found = _found(client, guest)
+    if found is None or marker(found.config) is None or not _executing():
+        step.noop("no old system disk is there")
+        return
+    yield step.call(_finish, client, guest, asked)
+
+
+def _finish(client: Client, guest: Guest, asked: Order) -> None:
+    found = _there(client, guest)
+    mark = _mine(found, guest, asked.run)
+    sizes = _sizes(client, guest, found.config)
+    now = stage(found.config, sizes)
+    if now not in (Stage.VERIFIED, Stage.DELETED):
+        raise GpulabError(f"{guest.name}: the old system disk {mark.old} stays: the rebuild is {now.value}")
+    if now is Stage.VERIFIED:
+        _check_identity(found.config, guest)
+    until = mark.verified + (asked.keep_old or 0) * DAY_S
+    if now is Stage.VERIFIED and until > time.time():
+        kept = replace(mark, until=until)
+        _write_mark(client, guest, lambda _: kept, protection=1)
+        logger.info(f"{guest.name}: the old system disk {mark.old} is kept until {_day(until)}")
+        return
+    if now is Stage.VERIFIED:
+        idle: Callable[[VmState], bool] = lambda latest: (  # noqa: E731
+            stage(latest.config, sizes) is Stage.VERIFIED and not changed_identity(latest.config)
+        )
+        if asked.way_back:
+            asked.way_back.old = ""
+        _free(client, guest, mark.old, asked.run, idle)
+    rest = without_old(mark)
+    _write_mark(client, guest, lambda _: rest, protection=1)
+
+
+# The way back.
+
+
+@step.step
+def rollback_preflight() -> step.Commands:
+    """Refuse to go back where there is nothing to go back to. Takes the lock; changes nothing."""
+    _, guest, node, client, asked = _here()
+    found = _found(client, guest)
+    if _executing():
+        _lock(context.ctx_state.get(), guest, asked.run)
+    mark = marker(found.config) if found else None
+    sizes = _sizes(client, guest, found.config) if found else {}
+    if found is None or mark is None or stage(found.config, sizes) in (Stage.IDLE, Stage.DELETED):
+        raise GpulabError(
+            f"{guest.name}: there is no old system disk to go back to",
+            f"VM {guest.vmid} on {node.name} is not in the middle of a rebuild. Nothing was done.",
+        )
+    tasks = _check_others(client, guest, asked, mark)
+    if found.lock:
+        raise GpulabError(f"{guest.name}: VM {guest.vmid} on {node.name} is locked ({found.lock})")
+    new = drives(found.config).get(SYSTEM, "none")
+    step.changes(
+        f"go back to the old system of VM {guest.vmid} on {node.name}",
+        (f"{SYSTEM}: {new} -> {mark.old}", f"{new} stays beside it until the next rebuild"),
+    )
+    step.reboots("the system disk is replaced")
+    if tasks:
+        yield step.call(_await_tasks, client, [str(item["upid"]) for item in tasks])
+
+
+@step.step
+def old_disk_back() -> step.Commands:
+    """Put the old volume back on `scsi0`, only while the VM is stopped; PVE keeps the new disk."""
+    _, guest, _, client, asked = _here()
+    if _next(client, guest, asked, _found(client, guest)) is not Next.PUT_BACK:
+        step.noop(f"VM {guest.vmid} has its old system disk")
+        return
+    yield step.call(_put_back, client, guest, asked)
+
+
+def _put_back(client: Client, guest: Guest, asked: Order) -> None:
+    _require_stopped(client, guest)
+
+    def decide(found: VmState) -> Mapping[str, Any] | None:
+        mark = _mine(found, guest, asked.run)
+        if stage(found.config) is Stage.BEFORE:
+            return None
+        if mark.old not in unused(found.config).values():
+            raise GpulabError(f"{guest.name}: the old system disk {mark.old} is no longer there")
+        return {SYSTEM: ",".join(filter(None, [mark.old, mark.options]))}
+
+    before = identity(_there(client, guest).config)
+    after = identity(_change(client, guest, decide).config)
+    if before != after:
+        raise GpulabError(f"{guest.name}: VM {guest.vmid} has changed while its disk was put back: {before} -> {after}")
+
+
+@step.step
+def rollback_finished() -> step.Commands:
+    """Forget the rebuild, once the old system answers; the new disk is noted, for the next rebuild to remove."""
+    _, guest, _, client, _ = _here()
+    found = _found(client, guest)
+    if not _executing() or found is None:
+        return
+    yield step.call(_forget, client, guest)
+
+
+def _forget(client: Client, guest: Guest) -> None:
+    found = _there(client, guest)
+    mark = marker(found.config)
+    if mark is None:
+        return
+    # The orphan of a killed import, which only this marker tells from volumes that were there before.
+    sizes = _sizes(client, guest, found.config)
+    waste = leftovers(found.config, sizes, guest.disk_storage, guest.vmid)
+    rest = without_old(mark, [f"{volid}@{sizes[volid]}" for volid in waste])
+    _write_mark(client, guest, lambda _: rest, protection=1)
