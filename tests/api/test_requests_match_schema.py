@@ -56,6 +56,7 @@ DECLARED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PUT", "/nodes/pve1/qemu/101/config", {"delete": "hostpci1,net1", "digest": 40 * "0"}),
     ("PUT", "/nodes/pve1/qemu/101/config", {"description": "marker", "protection": 0, "digest": 40 * "0"}),
     ("POST", "/nodes/pve1/qemu/101/config", {"scsi0": "local-lvm:0,import-from=local:import/a.qcow2,discard=on"}),
+    ("PUT", "/nodes/pve1/qemu/101/config", {"scsi30": "local-lvm:vm-101-disk-3", "digest": 40 * "0"}),
     ("PUT", "/nodes/pve1/qemu/101/resize", {"disk": "scsi0", "size": "64G", "digest": 40 * "0"}),
     ("GET", "/nodes/pve1/storage/local-lvm/status", {}),
     ("GET", "/nodes/pve1/storage/local-lvm/content", {"content": "images", "vmid": 101}),
