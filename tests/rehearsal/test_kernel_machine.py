@@ -10,7 +10,7 @@ import struct
 import pytest
 
 from inventory import GpulabError
-from rehearsal.kernel import image, qemu
+from rehearsal.kernel import image, qemu, supervisor
 from rehearsal.kernel.machine import Ssh
 from rehearsal.kernel.qemu import Spec
 from rehearsal.nvidia import deb
@@ -123,3 +123,25 @@ def test_first_command_line_is_that_of_the_grub_settings():
     settings = image.shell_assignments((image.FILES / "etc/default/grub").read_text())
     assert settings["GRUB_CMDLINE_LINUX_DEFAULT"] == "quiet"
     assert settings["GRUB_CMDLINE_LINUX"].startswith("console=ttyS0 ")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ([("guest-reset", 0), ("guest-shutdown", 0)], 0),
+        # A fault of QEMU's own is a power failure, twice.
+        ([("", -11), ("guest-reset", 0), ("", -11), ("guest-shutdown", 0)], 0),
+        ([("", -11), ("", -11), ("", -11)], -11),
+        ([("stopped", -15)], -15),
+        # It refuses its command line.
+        ([("", 1)], 1),
+    ],
+)
+def test_machine_goes_on_after_a_reboot_and_after_a_crash_of_qemu(
+    monkeypatch: pytest.MonkeyPatch, ends: list[tuple[str, int]], status: int
+) -> None:
+    left = list(ends)
+    monkeypatch.setattr(supervisor, "_run", lambda _: left.pop(0))
+
+    assert supervisor.supervise(None) == status
+    assert left == []
