@@ -27,6 +27,7 @@ from operations.hypervisor.facts import NodeFacts
 from rehearsal.kernel import qemu, topology
 from rehearsal.kernel.machine import KernelMachine
 from rehearsal.kernel.qemu import Iommu
+from rehearsal.pve.power import PciDevice
 from rehearsal.pve.testing import FakeLab
 from rehearsal.rehearse import program
 
@@ -182,13 +183,30 @@ def stage(machine: KernelMachine, lab: Path, runs: Path) -> Stage:
     return Stage(machine, lab, runs, machine.run(CONFIGURATION).stdout, log, machine.boot_id())
 
 
+def show_to_api(api: FakeLab, now: Stage) -> None:
+    """The API's double is told the machine's own PCI tree: PVE checks mappings against it."""
+    api.hardware.devices = [
+        PciDevice(
+            found["address"],
+            found["pci_class"] + "00",
+            *found["id"].split(":"),
+            *found["subsystem"].split(":"),
+            iommu_group=-1 if found["iommu_group"] is None else found["iommu_group"],
+            is_bridge=found["bridge"],
+        )
+        for found in now.facts()["pci"]
+    ]
+
+
 @pytest.fixture(scope="session")
-def fresh(inventory_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def fresh(api: FakeLab, inventory_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """The machine as its installer left it."""
     folder = tmp_path_factory.mktemp("kernel")
     machine = boot(folder / "machine", "first boot (disk included where it was not built yet)")
     try:
-        yield stage(machine, inventory_of(machine), folder / "runs")
+        now = stage(machine, inventory_of(machine), folder / "runs")
+        show_to_api(api, now)
+        yield now
     finally:
         machine.stop()
 
