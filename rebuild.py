@@ -11,10 +11,10 @@ The old system disk is deleted last, once verify has passed. `--data keep_old=7`
 from pyinfra import local
 
 from operations import run
-from operations.proxmox import rebuild, vm
+from operations.proxmox import order, rebuild, vm
 
 with run.of_host():
-    if rebuild.order().rollback:
+    if order.current().rollback:
         rebuild.rollback_preflight(name="Check that there is an old system disk")
         rebuild.stopped(name="Shut the VM down")
         rebuild.marked(name="Note in the VM what is about to happen")

@@ -21,7 +21,7 @@ from pyinfra.connectors.util import CommandOutput
 
 from connectors.base import LabConnector
 from inventory import GpulabError
-from operations.proxmox import host_keys, rebuild, vm
+from operations.proxmox import host_keys, order, vm
 from operations.proxmox.client import Client
 
 
@@ -30,7 +30,7 @@ class GuestConnector(LabConnector):
 
     def __init__(self, state: State, host: Host) -> None:
         super().__init__(state, host)
-        self.closed = rebuild.begun(state, self.lab)
+        self.closed = order.begun(state, self.lab)
 
     def connect(self) -> None:
         """Decide which of the three cases holds.

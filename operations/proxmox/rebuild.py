@@ -7,33 +7,27 @@ that follows a killed one goes on where that one was.
 
 from __future__ import annotations
 
-import fcntl
-import getpass
-import json
-import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
-import click
 from pyinfra import context, logger
-from pyinfra.api import Host, State
-from pyinfra.api.state import BaseStateCallback, StateStage
+from pyinfra.api import Host
+from pyinfra.api.state import StateStage
 
 import inventory
-from inventory import GpulabError, Guest, Lab, Node
-from inventory.resolve import CliError
+from inventory import GpulabError, Guest, Node
 from operations import step
 from operations.proxmox import config as declared
-from operations.proxmox import host_keys, vm
+from operations.proxmox import host_keys, order, vm
 from operations.proxmox.client import ApiError, Client, TaskFailed
+from operations.proxmox.order import Order, WayBack, busy
 from operations.proxmox.swap import (
     ADOPTED,
     SYSTEM,
@@ -70,117 +64,6 @@ DAY_S = 86400
 ROOT = Path(__file__).parents[2]
 
 
-# One run.
-
-
-@dataclass
-class Order:
-    """What this run of rebuild.py was asked for. `keep_old`: days; None: nobody said."""
-
-    lab: str
-    run: str
-    rollback: bool = False
-    keep_old: int | None = None
-    take_over: bool = False
-    #: Words of `--data`, for verify.
-    data: tuple[str, ...] = ()
-    #: Set while an old disk is there to go back to.
-    way_back: WayBack | None = None
-
-
-_orders: WeakKeyDictionary[State, Order] = WeakKeyDictionary()
-#: Held while a run is at work, by state: the kernel lets go of it when the process ends, however it ends.
-_locks: WeakKeyDictionary[State, IO[str]] = WeakKeyDictionary()
-
-
-def begun(state: State, lab: Lab) -> bool:
-    """Is this a run of rebuild.py? It is then checked to be about exactly one guest, before any connection.
-
-    Raises:
-        CliError: it is about several hosts, none, or a node.
-    """
-    command = click.get_current_context(silent=True)
-    files = [Path(str(word)).name for word in (command.params.get("operations") or ())] if command else []
-    if command is None or "rebuild.py" not in files:
-        return False
-    if state not in _orders:
-        limit = state.limit_hosts
-        chosen = [host.name for host in state.inventory if limit is None or host in limit]
-        if len(chosen) != 1 or chosen[0] not in lab.guests:
-            raise CliError(
-                "rebuild.py rebuilds exactly one guest; nothing was done.\n"
-                f"This run is about {', '.join(chosen) or 'no host'}.\n"
-                f"hint: --limit with one of {', '.join(lab.guests)}"
-            )
-        words = dict(state.inventory.override_data)
-        _orders[state] = Order(
-            lab=str(command.params["inventory"]),
-            run=f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}:{int(time.time())}",
-            rollback=bool(words.get("rollback")),
-            # Zero that somebody wrote means more than the default: a disk that is kept goes now.
-            keep_old=state.inventory.get_host(chosen[0]).data.get("keep_old"),
-            take_over=bool(words.get("take_over")),
-            data=tuple(f"{key}={_word(value)}" for key, value in words.items() if key not in inventory.RUN_WORDS),
-        )
-    return True
-
-
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def order() -> Order:
-    """This run's order, for rebuild.py.
-
-    Raises:
-        GpulabError: the file is read in a run that no guest's connector has seen.
-    """
-    found = _orders.get(context.ctx_state.get())
-    if found is None:
-        raise GpulabError(
-            "rebuild.py rebuilds exactly one guest; nothing was done.",
-            resolution="pyinfra inventory/lab.py rebuild.py --limit gpu01",
-        )
-    return found
-
-
-def release(state: State) -> None:
-    """Let go of the run's lock."""
-    if state in _locks:
-        _locks.pop(state).close()
-
-
-class WayBack(BaseStateCallback):
-    """Says after any failed step what lies where, and how to go on or back."""
-
-    def __init__(self, guest: Guest, lab: str, old: str) -> None:
-        self.guest, self.lab, self.old = guest, lab, old
-
-    def operation_host_error(
-        self, state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
-    ) -> None:
-        for line in way_back(self.guest, self.lab, self.old) if self.old else ():
-            logger.error(f"{host.print_prefix}{line}")
-
-
-def _offer_way_back(guest: Guest, asked: Order, found: VmState) -> None:
-    """From now on a failed step says how to go back, if the old disk is there."""
-    mark = marker(found.config)
-    swapped = stage(found.config) in (Stage.SWAPPED, Stage.VERIFIED)
-    if mark is not None and swapped and asked.way_back is None and not asked.rollback:
-        asked.way_back = WayBack(guest, asked.lab, mark.old)
-        context.ctx_state.get().add_callback_handler(asked.way_back)
-
-
-def way_back(guest: Guest, lab: str, old: str) -> list[str]:
-    """What a user is told when the new system is in place and something failed."""
-    command = f"pyinfra {lab} rebuild.py --limit {guest.name}"
-    return [
-        f"{guest.name}: the old system disk {old} is kept; the data disk was not touched.",
-        f"hint: repair what failed, then `{command}` goes on from here; `{command} --data rollback=1` goes back",
-    ]
-
-
 # Reading.
 
 
@@ -189,7 +72,7 @@ def _here() -> tuple[Host, Guest, Node, Client, Order]:
     lab = inventory.of_run(context.ctx_state.get())
     guest = lab.guests[host.name]
     node = lab.node_of(guest)
-    return host, guest, node, Client(node, host=host), order()
+    return host, guest, node, Client(node, host=host), order.current()
 
 
 def _executing() -> bool:
@@ -224,6 +107,15 @@ def _there(client: Client, guest: Guest) -> VmState:
     return found
 
 
+def _offer_way_back(guest: Guest, asked: Order, found: VmState) -> None:
+    """From now on a failed step says how to go back, if the old disk is there."""
+    mark = marker(found.config)
+    swapped = stage(found.config) in (Stage.SWAPPED, Stage.VERIFIED)
+    if mark is not None and swapped and asked.way_back is None and not asked.rollback:
+        asked.way_back = WayBack(guest, asked.lab, mark.old)
+        context.ctx_state.get().add_callback_handler(asked.way_back)
+
+
 def _sizes(client: Client, guest: Guest, config: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of each volume that its storage lists as this VM's."""
     volids = [*drives(config).values(), *unused(config).values()]
@@ -248,12 +140,6 @@ def _subject(client: Client, guest: Guest, node: Node, found: VmState) -> Subjec
         free=int(client.get("nodes", node.name, "storage", guest.disk_storage, "status")["avail"]),
         image=declared.image_volume(guest, node) in [item["volid"] for item in images],
     )
-
-
-def _at_work(client: Client, guest: Guest) -> list[Mapping[str, Any]]:
-    """The tasks that work on the VM right now, whoever began them."""
-    tasks = client.get("nodes", client.node.name, "tasks", source="active", vmid=guest.vmid)
-    return [item for item in tasks if str(item.get("id")) == str(guest.vmid) and "status" not in item]
 
 
 # Changing.
@@ -349,51 +235,29 @@ def _free(client: Client, guest: Guest, volid: str, run: str, allowed: Callable[
         protect(1)
 
 
-def _lock(state: State, guest: Guest, run: str) -> None:
-    """Be the only rebuild of this guest on this machine until the process ends.
-
-    Raises:
-        GpulabError: another one is at work.
-    """
-    if state in _locks:
-        return
-    path = guest.state / f"rebuild-{guest.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = open(path, "a")  # noqa: SIM115  (held until the run ends)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise _busy(guest, f"the run {path.read_text().strip()}") from None
-    file.truncate(0)
-    file.write(run + "\n")
-    file.flush()
-    _locks[state] = file
-
-
-def _busy(guest: Guest, who: str, hint: str = "wait until it has ended") -> GpulabError:
-    return GpulabError(f"{guest.name}: somebody is at work on VM {guest.vmid}: {who}", "Nothing was done.", hint)
-
-
-def _check_others(client: Client, guest: Guest, order: Order, mark: Marker | None) -> list[Mapping[str, Any]]:
+def _check_others(
+    client: Client, guest: Guest, node: Node, asked: Order, mark: Marker | None
+) -> list[Mapping[str, Any]]:
     """The tasks of a dead run of ours that have to end first.
+
+    Before a run has written its marker, only the token tells that a task is ours: a shutdown goes on when the run
+    that asked for it is killed. Should that run be alive on another machine, its marker stops this one (`_mark`).
 
     Raises:
         GpulabError: the VM is somebody else's right now.
     """
     host = mark.run.rpartition("@")[2].partition(":")[0] if mark and mark.old else ""
-    if host and host != socket.gethostname() and not order.take_over:
-        raise _busy(
+    if host and host != socket.gethostname() and not asked.take_over:
+        raise busy(
             guest,
             f"the run {mark.run if mark else ''}, as its description says",
             f"ask on {host}; when that run is dead, --data take_over=1 goes on in its place",
         )
-    tasks = _at_work(client, guest)
-    if tasks and not host:
-        task = tasks[0]
-        who = f"{task.get('user')}!{task['tokenid']}" if task.get("tokenid") else task.get("user")
-        since = time.strftime("%H:%M:%S", time.localtime(int(task["starttime"])))
-        raise _busy(guest, f"task {task['type']} of {who}, since {since}")
+    tasks = vm.at_work(client, guest, node)
+    theirs = [task for task in tasks if vm.who(task) != vm.own_token(node)]
+    if theirs and not host:
+        raise busy(guest, f"task {vm.described(theirs[0])}")
+    asked.began = mark.run if mark else ""
     return tasks
 
 
@@ -410,12 +274,12 @@ def preflight() -> step.Commands:
     _, guest, node, client, asked = _here()
     found = _found(client, guest)
     if _executing():
-        _lock(context.ctx_state.get(), guest, asked.run)
+        order.lock(context.ctx_state.get(), guest, asked.run)
     if found is None or found.lock == "create":
         step.noop(f"there is no VM {guest.vmid}: it will be created")
         return
     mark = marker(found.config)
-    if tasks := _check_others(client, guest, asked, mark):
+    if tasks := _check_others(client, guest, node, asked, mark):
         step.changes(f"wait for {', '.join(str(item['type']) for item in tasks)} of a killed run")
         yield step.call(_await_tasks, client, [str(item["upid"]) for item in tasks])
         if _executing():
@@ -547,11 +411,9 @@ def marked() -> step.Commands:
 
 
 def _mark(client: Client, guest: Guest, asked: Order) -> None:
-    began = marker(_there(client, guest).config)
-
     def wanted(found: VmState) -> Marker:
         mark = marker(found.config)
-        if mark is not None and mark.run not in (asked.run, began.run if began else asked.run):
+        if mark is not None and mark.run not in (asked.run, asked.began):
             _mine(found, guest, asked.run)
         sizes = _sizes(client, guest, found.config)
         if mark is None or stage(found.config, sizes) is Stage.IDLE:
@@ -785,7 +647,7 @@ def rollback_preflight() -> step.Commands:
     _, guest, node, client, asked = _here()
     found = _found(client, guest)
     if _executing():
-        _lock(context.ctx_state.get(), guest, asked.run)
+        order.lock(context.ctx_state.get(), guest, asked.run)
     mark = marker(found.config) if found else None
     sizes = _sizes(client, guest, found.config) if found else {}
     if found is None or mark is None or stage(found.config, sizes) in (Stage.IDLE, Stage.DELETED):
@@ -793,7 +655,7 @@ def rollback_preflight() -> step.Commands:
             f"{guest.name}: there is no old system disk to go back to",
             f"VM {guest.vmid} on {node.name} is not in the middle of a rebuild. Nothing was done.",
         )
-    tasks = _check_others(client, guest, asked, mark)
+    tasks = _check_others(client, guest, node, asked, mark)
     if found.lock:
         raise GpulabError(f"{guest.name}: VM {guest.vmid} on {node.name} is locked ({found.lock})")
     new = drives(found.config).get(SYSTEM, "none")

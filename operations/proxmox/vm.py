@@ -170,12 +170,12 @@ def _is_leftover(client: Client, guest: Guest, node: Node, found: VmState) -> bo
     tasks = client.get("nodes", node.name, "tasks", source="all", typefilter="qmcreate", vmid=guest.vmid)
     # The last creation made what is there; an older one of ours says nothing about it.
     last = max(tasks, key=lambda task: int(task["starttime"]), default=None)
-    if last is None or _who(last) != _own_token(node):
+    if last is None or who(last) != own_token(node):
         return False
     if "endtime" not in last and _runs(client, node, last):
         raise GpulabError(
             f"{guest.name}: VM {guest.vmid} on {node.name} is being created",
-            f"At work: {_described(last)}",
+            f"At work: {described(last)}",
             "deploy again when that has ended",
         )
     return True
@@ -186,18 +186,26 @@ def _runs(client: Client, node: Node, task: Mapping[str, Any]) -> bool:
     return bool(client.get("nodes", node.name, "tasks", task["upid"], "status")["status"] == "running")
 
 
-def _own_token(node: Node) -> str:
+def own_token(node: Node) -> str:
     """`user@realm!name` of the lab's token."""
     return (Secrets(node.state).get(node.cluster_name, "api_token") or "").partition("=")[0]
 
 
-def _who(task: Mapping[str, Any]) -> str:
+def who(task: Mapping[str, Any]) -> str:
+    """The user or token that began a task."""
     return f"{task['user']}!{task['tokenid']}" if task.get("tokenid") else str(task["user"])
 
 
-def _described(task: Mapping[str, Any]) -> str:
+def described(task: Mapping[str, Any]) -> str:
     since = time.strftime("%H:%M:%S", time.localtime(int(task["starttime"])))
-    return f"{task['type']} of {_who(task)} since {since}"
+    return f"{task['type']} of {who(task)} since {since}"
+
+
+def at_work(client: Client, guest: Guest, node: Node) -> list[Mapping[str, Any]]:
+    """The tasks that work on the VM right now, whoever began them."""
+    active = client.get("nodes", node.name, "tasks", source="active", vmid=guest.vmid)
+    # The list keeps some for a moment that have ended.
+    return [task for task in active if "endtime" not in task and task["type"] not in _CONSOLES]
 
 
 def _await_idle(client: Client, guest: Guest, node: Node) -> None:
@@ -208,15 +216,13 @@ def _await_idle(client: Client, guest: Guest, node: Node) -> None:
     """
     deadline = time.monotonic() + BUSY_S
     while True:
-        active = client.get("nodes", node.name, "tasks", source="active", vmid=guest.vmid)
-        # The list keeps some for a moment that have ended.
-        busy = [task for task in active if "endtime" not in task and task["type"] not in _CONSOLES]
+        busy = at_work(client, guest, node)
         if not busy:
             return
         if time.monotonic() >= deadline:
             raise GpulabError(
                 f"{guest.name}: somebody else is at work on VM {guest.vmid} on {node.name}; nothing was changed",
-                "\n".join(f"  {_described(task)}" for task in busy),
+                "\n".join(f"  {described(task)}" for task in busy),
                 "deploy again when that has ended",
             )
         time.sleep(1)

@@ -24,7 +24,7 @@ from pyinfra.connectors.util import CommandOutput
 from connectors.guest import GuestConnector
 from inventory import GpulabError
 from operations import record
-from operations.proxmox import client, host_keys, rebuild, swap, vm
+from operations.proxmox import client, host_keys, order, rebuild, swap, vm
 from operations.proxmox.client import ApiError, ApiUnreachable, Client
 from rehearsal.pve.state import Task
 
@@ -95,14 +95,14 @@ class Site:
         self.runs += 1
         self.bench = make_bench(self.api, self.folder, self.monkeypatch)
         host = words.pop("host", socket.gethostname())
-        rebuild._orders[self.bench.state] = rebuild.Order("lab.py", f"me@{host}:{self.runs}:1", **words)
+        order._orders[self.bench.state] = order.Order("lab.py", f"me@{host}:{self.runs}:1", **words)
         self.bench.host.connector.closed = self.bench.host.connector.assumed = True
         return self.bench
 
     def end(self) -> None:
         """The kernel lets go of the process's lock."""
         if self.bench is not None:
-            rebuild.release(self.bench.state)
+            order.release(self.bench.state)
 
     def step(self, step: Any) -> None:
         assert self.bench is not None
@@ -581,10 +581,10 @@ def test_failed_verify_keeps_the_old_disk_and_says_why(site: Site) -> None:
 def test_any_failure_after_the_swap_says_how_to_go_back(site: Site) -> None:
     site.until(rebuild.connection_opened)
     assert site.bench is not None
-    handler = rebuild._orders[site.bench.state].way_back
+    handler = order._orders[site.bench.state].way_back
     assert handler is not None
 
-    lines = rebuild.way_back(handler.guest, handler.lab, handler.old)
+    lines = order.way_back(handler.guest, handler.lab, handler.old)
     assert lines == [
         f"gpu01: the old system disk {OLD} is kept; the data disk was not touched.",
         "hint: repair what failed, then `pyinfra lab.py rebuild.py --limit gpu01` goes on from here; "
@@ -799,7 +799,7 @@ def test_second_run_on_this_machine_is_told_who_is_at_work(api: Any, site: Site)
     assert site.changes() == []
 
     assert first is not None
-    rebuild.release(first.state)
+    order.release(first.state)
     site.rebuild()
     site.finished()
 
@@ -822,7 +822,7 @@ def test_run_that_was_taken_over_does_nothing_more(site: Site) -> None:
     slow = site.bench
     site.bench = None
     assert slow is not None
-    rebuild.release(slow.state)
+    order.release(slow.state)
     site.until(rebuild.verified)
     second = site.bench
 
@@ -840,9 +840,49 @@ def test_task_of_somebody_else_is_named(api: Any, site: Site) -> None:
         task = Task(upid=upid, node="pve1", pid=1, pstart=1, starttime=1, type="vzdump", id="101", user="root@pam")
         api.state.tasks.append(task)
 
-    with pytest.raises(GpulabError, match="somebody is at work on VM 101: task vzdump of root@pam, since"):
+    with pytest.raises(GpulabError, match="somebody is at work on VM 101: task vzdump of root@pam since"):
         site.rebuild()
     site.untouched()
+
+
+def shutting_down(api: Any, seconds: float) -> threading.Timer:
+    """The shutdown that a run asked for before it was killed: nothing but its token tells whose it is."""
+    user = f"{api.user}!{api.token_name}"
+    upid = f"UPID:pve1:0000AAAA:00000001:6B000000:qmshutdown:101:{user}:"
+    task = Task(upid=upid, node="pve1", pid=1, pstart=1, starttime=1, type="qmshutdown", id="101", user=user)
+    with api.lock:
+        api.state.tasks.append(task)
+
+    def ended() -> None:
+        with api.lock:
+            task.exitstatus, task.endtime = "OK", int(time.time())
+
+    timer = threading.Timer(seconds, ended)
+    timer.start()
+    return timer
+
+
+def test_shutdown_of_a_killed_run_is_waited_for(api: Any, site: Site) -> None:
+    timer = shutting_down(api, 1.5)
+    site.rebuild()
+    timer.join()
+    site.finished()
+
+
+def test_live_run_of_another_machine_that_was_shutting_down_is_not_taken_over(api: Any, site: Site) -> None:
+    timer = shutting_down(api, 0.5)
+    site.begin()
+    site.step(vm.preflight)
+    site.step(rebuild.preflight)
+    timer.join()
+    mark = swap.Marker(old=OLD, run="me@laptop:7:7")
+    site.put(description=swap.described(site.config(), mark))
+    site.step(rebuild.stopped)
+
+    with pytest.raises(AssertionError):
+        site.step(rebuild.marked)
+    assert "VM 101 is no longer this run's: the run me@laptop:7:7 has taken over" in site.failure()
+    assert swap.marker(site.config()) == mark
 
 
 # The command line.
