@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -61,6 +62,8 @@ class HostSpec:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     #: Device nodes made at each boot: (path, "b" or "c", major, minor).
     devices: list[Device] = field(default_factory=list)
+    #: False: its interface is there and its cable is not.
+    link_up: bool = True
 
     @property
     def machine(self) -> str:
@@ -284,7 +287,9 @@ def keep_debs(folder: Path) -> None:
         target = paths.debs() / package.name
         if target.exists() and target.samefile(package):
             continue
-        temporary = target.with_name(f".{package.name}.{os.getpid()}")
+        # Hosts are stopped at the same time, in threads of one process.
+        temporary = target.with_name(f".{package.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.unlink(missing_ok=True)
         os.link(package, temporary)
         temporary.rename(target)
 
@@ -316,11 +321,13 @@ def supervise(name: str) -> int:
 
 def command(spec: HostSpec, mountpoint: Path, boot: int = 1) -> list[str]:
     """The command line that runs the container for the `boot`-th time under this supervisor."""
+    # A veth of the container's own has an end here that nobody switches on: no carrier inside.
+    wire = f"--network-bridge={network.current().bridge}" if spec.link_up else "--network-veth"
     words = [
         # Without its supervisor a container would be nobody's: it dies with it.
         "setpriv", "--pdeathsig", "KILL", "--",
         "systemd-nspawn", f"--directory={mountpoint}", "--boot", "--register=no", "--keep-unit", "--quiet",
-        f"--machine={spec.machine}", f"--hostname={spec.name}", f"--network-bridge={network.current().bridge}",
+        f"--machine={spec.machine}", f"--hostname={spec.name}", wire,
         "--capability=all", "--system-call-filter=@keyring bpf", "--console=pipe", "--resolv-conf=off",
         "--timezone=off", "--link-journal=no",
         f"--bind={paths.host(spec.name) / 'apt'}:{ARCHIVES}",

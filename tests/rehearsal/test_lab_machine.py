@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -183,6 +184,20 @@ def test_downloaded_packages_are_shared_without_copies():
     host.keep_debs(first)
     assert (paths.debs() / "new_1_all.deb").read_text() == "two"
     assert (second / "new_1_all.deb").read_text() == "one"
+
+
+def test_hosts_that_stop_together_share_the_same_download(monkeypatch):
+    """All have fetched a newer package; none stumbles over another's half-done replacement."""
+    link = os.link
+    monkeypatch.setattr(host.os, "link", lambda *names: (link(*names), time.sleep(0.02)))
+    folders = [paths.lab() / name for name in "abcd"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for number in range(4):
+            (folder / f"same{number}_1_all.deb").write_text(folder.name)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(host.keep_debs, folders))
+    assert {path.name for path in paths.debs().iterdir()} == {f"same{number}_1_all.deb" for number in range(4)}
 
 
 def test_host_that_is_down_has_no_leader_and_stops_again():
