@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 
 from rehearsal.pve.errors import ApiError, no_permission
 from rehearsal.pve.state import NodeState, Token
@@ -163,6 +164,8 @@ def authenticate(state: NodeState, header: str) -> str:
     token = _token(state, user, token_id)
     if token is None or not hmac.compare_digest(token.digest, digest_of(secret)):
         raise ApiError(401, "Authentication failed!")
+    if 0 < token.expire <= time.time():
+        raise ApiError(401, "token expired - access denied")
     return who
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The node itself, its tasks, and the cluster's view of them (a cluster of one)."""
+"""The node itself, its tasks, and the cluster's view of them: the VMs of all its nodes, the figures of this one."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class ClusterApi:
         return [{"type": "node", "id": f"node/{node}", "name": node, "online": 1, "local": 1, "nodeid": 0, "level": ""}]
 
     def _next_id(self, call: Call) -> str:
-        taken = self._store.state.vms
+        taken = {vmid for each in self._store.cluster() for vmid in each.vms}
         if "vmid" in call.params:
             if call.vmid in taken:
                 bad_parameters({"vmid": f"VM {call.vmid} already exists"})

@@ -20,6 +20,10 @@ class TaskError(Exception):
     """A task that ends with this text as its exit status."""
 
 
+class Killed(BaseException):
+    """A worker ends here as by SIGKILL: nothing of it cleans up. Not an `Exception`, so that no handler holds it."""
+
+
 def die(message: str) -> NoReturn:
     """PVE's `die`: there is no 404 and no 409, everything that is not a parameter is a 500."""
     raise ApiError(500, message)

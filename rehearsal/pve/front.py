@@ -9,7 +9,7 @@ import json
 import logging
 import ssl
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,11 @@ from aiohttp import web
 from rehearsal.ca import Issued
 from rehearsal.pve import access
 from rehearsal.pve.accounts import AccountsApi
+from rehearsal.pve.backup import BackupApi
 from rehearsal.pve.cluster import ClusterApi
 from rehearsal.pve.errors import ApiError, TaskError, no_permission
 from rehearsal.pve.faults import Faults
+from rehearsal.pve.jobs import JobsApi
 from rehearsal.pve.mapping import MappingApi
 from rehearsal.pve.power import Hardware, Power
 from rehearsal.pve.qemu import QemuApi
@@ -37,6 +39,8 @@ _FORMATS = ("/api2/json", "/api2/extjs")
 _BODY_MAX = 64 * 1024**2
 # The node's own commands (pveum, qm) speak for root@pam with this, a secret only the node's root can read.
 NODE_SCHEME = "LabRoot "
+# What the nodes of a cluster have in common.
+_SHARED = ("users", "roles", "acl", "mappings", "backup_jobs")
 
 
 @dataclass
@@ -67,13 +71,26 @@ class Emulator:
         self.mappings = MappingApi(self.store, self.hardware)
         self.running = RunningApi(self.store, self.tasks, self.storage, self.qemu, self.mappings, self.power)
         self.qemu.start_vm = self.running.start_vm
+        self.backup = BackupApi(self.store, self.tasks, self.storage, self.qemu, self.running, self.power)
+        self.qemu.restore = self.backup.restore
+        self.jobs = JobsApi(self.store)
         self.cluster = ClusterApi(
             self.store, self.tasks, self.storage, self.qemu, self.running, self.power, self.certificate.certificate
         )
         self.accounts = AccountsApi(self.store, self.secrets.password)
-        parts = (self.storage, self.qemu, self.mappings, self.running, self.cluster, self.accounts)
+        parts = (
+            self.storage,
+            self.qemu,
+            self.mappings,
+            self.running,
+            self.backup,
+            self.jobs,
+            self.cluster,
+            self.accounts,
+        )
         self.routes = [(route, compile_template(route.template)) for part in parts for route in part.routes()]
         self.running.hold_again()
+        self.backup.thaw_left()
 
     def find(self, method: str, path: str) -> tuple[Route, dict[str, str]] | None:
         """The route of ours for a path, with the path's parameters."""
@@ -85,10 +102,18 @@ class Emulator:
 
 
 class Front:
-    """Serves an emulator over HTTPS."""
+    """Serves an emulator over HTTPS, and passes on what is about another node of its cluster.
 
-    def __init__(self, emulator: Emulator, upstream: Upstream) -> None:
+    `peers`: those nodes. `offline`: names of nodes that cannot be reached.
+    """
+
+    def __init__(self, emulator: Emulator, upstream: Upstream, peers: Sequence[Emulator] = ()) -> None:
         self.emulator = emulator
+        self.peers = {peer.store.state.node: peer for peer in peers}
+        self.offline: set[str] = set()
+        stores = [emulator.store, *(peer.store for peer in peers)]
+        for store in stores:
+            store.peers = [other for other in stores if other is not store]
         self._upstream = upstream
         self._runner: web.AppRunner | None = None
         # Handlers that wait for guests must not starve the others.
@@ -120,9 +145,11 @@ class Front:
             return _error(ApiError(501, f"Method '{request.method} {request.path}' not implemented"))
         self.requests.append((request.method, path))
         fault = self.emulator.faults.take(request.method, path)
-        if fault is not None and fault.status:
+        if fault is not None and fault.status and not fault.carried_out:
             return web.Response(status=fault.status, reason=fault.reason)
         response = await self._answer(request, path)
+        if fault is not None and fault.status:
+            return web.Response(status=fault.status, reason=fault.reason)
         if fault is not None and request.transport is not None:
             # The request was carried out, and nobody hears of it.
             request.transport.close()
@@ -162,27 +189,44 @@ class Front:
         return self.emulator.accounts.ticket_user(urllib.parse.unquote(ticket), csrf, writes)
 
     async def _dispatch(self, request: web.Request, path: str, user: str, body: bytes) -> web.Response:
-        node = self.emulator.store.state.node
-        found = self.emulator.find(request.method, path)
         parameters: dict[str, Value] = _parameters(request, body)
+        emulator = self._node_of(path, parameters)
+        if emulator is None:
+            return web.Response(status=595, reason="No route to host")
+        node = emulator.store.state.node
+        found = emulator.find(request.method, path)
         if found is None or found[1].get("node", node) not in (node, "localhost"):
             return await self._pass_on(request, path, user, body)
         route, of_path = found
         call = Call(request.method, path, user, {**parameters, **of_path})
         if route.guard is not None:
-            route.guard(self.emulator.store, call)
+            route.guard(emulator.store, call)
         refusal = await self._verified(request, path, body)
         if refusal is not None:
             return refusal
-        return _ok(await asyncio.get_running_loop().run_in_executor(self._threads, self._handle, route, call))
+        return _ok(await asyncio.get_running_loop().run_in_executor(self._threads, self._handle, emulator, route, call))
 
-    def _handle(self, route: Route, call: Call) -> Any:
+    def _node_of(self, path: str, parameters: Mapping[str, Value]) -> Emulator | None:
+        """The node that answers, None when it cannot be reached."""
+        segments = path.split("/")
+        name = segments[2] if segments[1:2] == ["nodes"] and len(segments) > 2 else parameters.get("check-node")
+        if name in self.offline:
+            return None
+        peer = self.peers.get(str(name))
+        if peer is None:
+            return self.emulator
+        for shared in _SHARED:
+            setattr(peer.store.state, shared, getattr(self.emulator.store.state, shared))
+        return peer
+
+    @staticmethod
+    def _handle(emulator: Emulator, route: Route, call: Call) -> Any:
         if route.unlocked:
             return route.handler(call)
-        with self.emulator.store.lock:
+        with emulator.store.lock:
             data = route.handler(call)
             if call.method != "GET":
-                self.emulator.store.save()
+                emulator.store.save()
             return data
 
     async def _verified(self, request: web.Request, path: str, body: bytes) -> web.Response | None:

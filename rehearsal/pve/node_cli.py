@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: MIT
-"""pveum, pvesm, qm, pvesh and pvenode of a rehearsal node (simulated): thin clients of the node's API, as root@pam.
+"""A rehearsal node's own commands (simulated): thin clients of its API, as root@pam.
+
+pveum, pvesm, qm, qmrestore, vzdump, pvesh and pvenode.
 
 Installed on the node under each of those names. Standard library only. Output on stdout has PVE's form; that all this
 is simulated is said on stderr of a terminal and by --help.
@@ -20,11 +22,14 @@ from typing import Any, NoReturn
 
 SETTINGS = "/etc/lab-front.json"
 POLL_S = 0.1
+# `qm guest exec --pass-stdin` takes so many bytes.
+STDIN_MAX = 1024**2
 # Options that take no value: PVE's booleans may stand alone.
 FLAGS = frozenset(
     [
         *("purge", "skiplock", "force", "append", "privsep", "propagate", "destroy-unreferenced-disks"),
         *("overrule-shutdown", "forceStop", "force-stop", "current"),
+        *("unique", "start", "protected", "remove", "enabled", "all", "pass-stdin", "synchronous"),
     ]
 )
 Options = dict[str, "list[str]"]
@@ -40,7 +45,7 @@ def main(argv: list[str]) -> int:
         print(f"{tool}: simulated (rehearsal lab)", file=sys.stderr)
     words, options = parse(argv[1:])
     run = TOOLS.get(tool)
-    if run is None or not words:
+    if run is None or (not words and tool != "vzdump"):
         print(f"usage: {tool} COMMAND [ARGS] [OPTIONS]   (simulated, rehearsal lab)", file=sys.stderr)
         return 255
     output_format = options.pop("output-format", ["text"])[-1]
@@ -250,7 +255,7 @@ def qm(words: list[str], options: Options) -> Any:
     if verb == "cloudinit":
         return qm_cloud_init(words[1:], base)
     if verb == "guest":
-        return qm_guest(words[1:], base)
+        return qm_guest(words[1:], base, options)
     usage("qm", words)
 
 
@@ -262,8 +267,8 @@ def qm_cloud_init(words: list[str], base: str) -> Any:
     return call("PUT", f"{base}/{words[1]}/cloudinit")
 
 
-def qm_guest(words: list[str], base: str) -> Any:
-    """`qm guest exec ID -- COMMAND`, `qm guest cmd ID ping`."""
+def qm_guest(words: list[str], base: str, options: Options) -> Any:
+    """`qm guest exec ID -- COMMAND`, `qm guest cmd ID ping`. A command's own status is in what is printed."""
     need(words, 3, "qm guest")
     agent = f"{base}/{words[1]}/agent"
     if words[0] == "cmd":
@@ -271,13 +276,51 @@ def qm_guest(words: list[str], base: str) -> Any:
         return call(method, f"{agent}/{words[2]}")
     if words[0] != "exec":
         usage("qm", ["guest", *words])
-    pid = call("POST", f"{agent}/exec", {"command": words[2:]})["pid"]
-    while True:
-        status = call("GET", f"{agent}/exec-status", {"pid": [str(pid)]})
+    waits = options.get("synchronous", ["1"])[-1] == "1"
+    if not waits and "timeout" in options:
+        raise Failed("400 Parameter verification failed.\nsynchronous: needs to be set for 'timeout'")
+    request = {"command": words[2:]}
+    if options.get("pass-stdin", ["0"])[-1] == "1":
+        data = sys.stdin.buffer.read(STDIN_MAX + 1)
+        if len(data) > STDIN_MAX:
+            raise Failed("'input-data' (STDIN) is limited to 1 MiB, aborting")
+        request["input-data"] = [data.decode()]
+    found = call("POST", f"{agent}/exec", request)
+    # 0 waits without an end.
+    timeout = int(options.get("timeout", ["30"])[-1])
+    deadline = time.monotonic() + timeout
+    while waits and (timeout == 0 or time.monotonic() < deadline):
+        status = call("GET", f"{agent}/exec-status", {"pid": [str(found["pid"])]})
         if status["exited"]:
-            print(json.dumps(status, indent=3, sort_keys=True))
-            return None
+            found = status
+            break
         time.sleep(POLL_S)
+    if waits and "exited" not in found:
+        print("timeout reached, returning pid", file=sys.stderr)
+    print(json.dumps(found, indent=3, sort_keys=True))
+    return None
+
+
+def vzdump(words: list[str], options: Options) -> Any:
+    """`vzdump ID… --storage STORAGE`: the worker's log is printed as PVE does, and its end is the command's."""
+    if words:
+        options["vmid"] = [",".join(words)]
+    return worker(call("POST", f"/nodes/{node()}/vzdump", options))
+
+
+def qmrestore(words: list[str], options: Options) -> Any:
+    need(words, 2, "qmrestore")
+    return worker(call("POST", f"/nodes/{node()}/qemu", {"archive": [words[0]], "vmid": [words[1]], **options}))
+
+
+def worker(upid: str) -> None:
+    """Wait for a worker whose log is the command's output, all of it but its last line."""
+    try:
+        wait(upid)
+    finally:
+        for entry in call("GET", f"/nodes/{node()}/tasks/{upid}/log", {"limit": ["5000"]}):
+            if not entry["t"].startswith("TASK "):
+                print(entry["t"])
 
 
 def pvesh(words: list[str], options: Options) -> Any:
@@ -299,7 +342,15 @@ def pvenode(words: list[str], options: Options) -> Any:
     usage("pvenode", words)
 
 
-TOOLS = {"pveum": pveum, "pvesm": pvesm, "qm": qm, "pvesh": pvesh, "pvenode": pvenode}
+TOOLS = {
+    "pveum": pveum,
+    "pvesm": pvesm,
+    "qm": qm,
+    "qmrestore": qmrestore,
+    "pvesh": pvesh,
+    "pvenode": pvenode,
+    "vzdump": vzdump,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from rehearsal.pve.errors import TaskError
@@ -44,6 +45,7 @@ class GuestStart:
     gpus: Sequence[PciDevice]
     memory_mib: int
     agent: bool
+    link_up: bool = True
 
 
 class Power(Protocol):
@@ -73,6 +75,17 @@ class Power(Protocol):
     def remove_volume(self, volume: Volume) -> None: ...
 
     def rename_volume(self, old: Volume, new: Volume) -> None: ...
+
+    def freeze(self, vmid: int) -> None:
+        """The guest's file systems take no writes until `thaw`, as the agent's fsfreeze makes them."""
+
+    def thaw(self, vmid: int) -> None: ...
+
+    def pack(self, target: Path, volumes: Mapping[str, Volume]) -> None:
+        """Write an archive of these volumes, by drive."""
+
+    def unpack(self, source: Path, volumes: Mapping[str, Volume]) -> None:
+        """Fill these volumes, new ones, from the archive's drives of the same keys."""
 
     def snippet(self, volume_path: str) -> str | None:
         """A file of the `local` storage on the node, by its path there; None when there is none."""
@@ -142,9 +155,14 @@ class MemoryPower:
         self.answers: dict[tuple[str, ...], tuple[int, bytes]] = {}
         self.commands: list[tuple[int, tuple[str, ...]]] = []
         self.fail_start = ""
-        # Guests that ignore a shutdown.
+        # Guests that ignore a shutdown, and those whose agent never answers.
         self.stubborn: set[int] = set()
+        self.mute: set[int] = set()
         self.node_reboots = 0
+        # What freezing and thawing was asked for, in order: ("freeze", VM) and ("thaw", VM).
+        self.freezes: list[tuple[str, int]] = []
+        # Text with which the next packing or unpacking ends.
+        self.fail_copy = ""
         # Held by a test to keep a start from finishing.
         self.start_gate = threading.Event()
         self.start_gate.set()
@@ -171,7 +189,7 @@ class MemoryPower:
         return True
 
     def agent_runs(self, vmid: int) -> bool:
-        return vmid in self.agents
+        return vmid in self.agents - self.mute
 
     def run(self, vmid: int, argv: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
         self.commands.append((vmid, tuple(argv)))
@@ -187,6 +205,24 @@ class MemoryPower:
     def remove_volume(self, volume: Volume) -> None: ...
 
     def rename_volume(self, old: Volume, new: Volume) -> None: ...
+
+    def freeze(self, vmid: int) -> None:
+        self.freezes.append(("freeze", vmid))
+
+    def thaw(self, vmid: int) -> None:
+        self.freezes.append(("thaw", vmid))
+
+    def pack(self, target: Path, volumes: Mapping[str, Volume]) -> None:
+        target.write_text("".join(f"{key} {volume.content_id}\n" for key, volume in sorted(volumes.items())))
+        self._copied()
+
+    def unpack(self, source: Path, volumes: Mapping[str, Volume]) -> None:
+        self._copied()
+
+    def _copied(self) -> None:
+        if failure := self.fail_copy:
+            self.fail_copy = ""
+            raise TaskError(failure)
 
     def snippet(self, volume_path: str) -> str | None:
         return self.snippets.get(volume_path)

@@ -12,7 +12,7 @@ import time
 import uuid
 from typing import Any
 
-from rehearsal.pve import access, cloudinit, vmconfig
+from rehearsal.pve import access, cloudinit, jobs, vmconfig
 from rehearsal.pve.errors import ApiError, TaskError, bad_parameters, die, no_permission
 from rehearsal.pve.power import Power
 from rehearsal.pve.routing import Call, Route, needs
@@ -23,7 +23,7 @@ from rehearsal.pve.vmconfig import DISK_KEY, HOSTPCI_KEY, NEW_DISK, UNUSED_KEY
 
 _QEMU_VERSION = "10.1.2"
 # Parameters of create that are no configuration keys.
-_CREATE_ONLY = frozenset(
+CREATE_ONLY = frozenset(
     [
         "node",
         "vmid",
@@ -58,6 +58,8 @@ class QemuApi:
         self._power = power
         # Called with (call, vmid) after a create that asked for `start`.
         self.start_vm: Any = None
+        # Called with (call) for a create from an archive.
+        self.restore: Any = None
 
     def routes(self) -> list[Route]:
         vms = "/nodes/{node}/qemu"
@@ -194,14 +196,14 @@ class QemuApi:
     def _create(self, call: Call) -> str:
         state, vmid = self._store.state, call.vmid
         if call.text("archive"):
-            die(f"unable to restore VM {vmid} - the rehearsal lab keeps no archives (simulated)")
+            return str(self.restore(call))
         if not access.may(state, call.user, f"/vms/{vmid}", "VM.Allocate"):
             no_permission()
-        changes = {key: call.text(key) for key in call.params if key not in _CREATE_ONLY}
-        self._check_booleans(call)
-        self._check_keys(call, vmid, changes, [], creating=True)
-        if vmid in state.vms:
-            die(f"unable to create VM {vmid} - VM {vmid} already exists on node '{state.node}'")
+        changes = {key: call.text(key) for key in call.params if key not in CREATE_ONLY}
+        self.check_new_keys(call, vmid, changes)
+        for each in self._store.cluster():
+            if vmid in each.vms:
+                die(f"unable to create VM {vmid} - VM {vmid} already exists on node '{each.node}'")
         vm = Vm(vmid=vmid, config={"lock": "create"})
         state.vms[vmid] = vm
 
@@ -222,6 +224,11 @@ class QemuApi:
 
         return self._tasks.start("qmcreate", vmid, call.user, body)
 
+    def check_new_keys(self, call: Call, vmid: int, changes: dict[str, str]) -> None:
+        """May the caller set these keys of a VM that is being made?"""
+        self._check_booleans(call)
+        self._check_keys(call, vmid, changes, [], creating=True)
+
     def _new_config(self, vmid: int, changes: dict[str, str], made: list[str], log: Log) -> Config:
         config: Config = {}
         for key in sorted(changes):
@@ -229,7 +236,7 @@ class QemuApi:
             stored = (
                 self._place_disk(vmid, key, value, made, log)
                 if DISK_KEY.fullmatch(key)
-                else vmconfig.normalised(key, value, _new_mac())
+                else vmconfig.normalised(key, value, new_mac())
             )
             if stored is not None:
                 config[key] = stored
@@ -351,7 +358,7 @@ class QemuApi:
                 bad_parameters({key: f"hotplug problem - error unplugging device '{key}'\n"})
             stored = self._place_disk(vm.vmid, key, value, made, log)
         else:
-            stored = vmconfig.normalised(key, value, cloudinit.mac_of(str(old)) if old else _new_mac())
+            stored = vmconfig.normalised(key, value, cloudinit.mac_of(str(old)) if old else new_mac())
         if running and not vmconfig.live(key, hotplug, stored, old):
             vm.pending[key] = stored
             return
@@ -577,6 +584,8 @@ class QemuApi:
                 volid, options = vmconfig.parse_disk(source.config[key])
                 log(f"moving disk '{key}' from VM '{source.vmid}' to '{target.vmid}'")
                 volume = self._storage.rename(volid, target.vmid)
+                # A worker killed here leaves the volume with its new owner and no configuration that names it.
+                log(f"removing disk '{key}' from VM '{source.vmid}' config")
                 del source.config[key]
                 text = volume.volid if UNUSED_KEY.fullmatch(slot) else vmconfig.disk_text(volume.volid, options)
                 target.config[slot] = text
@@ -615,11 +624,15 @@ class QemuApi:
                     raise TaskError(f"VM is locked ({vm.lock})")
                 self._free_disks(vm, call.flag("destroy-unreferenced-disks"), log)
                 state = self._store.state
+                # Until the end the id is taken: a worker killed here leaves a VM that is no more than this.
+                vm.config, vm.pending = {"lock": "destroyed"}, {}
+                log(f"removing the configuration of VM {vm.vmid}")
                 del state.vms[vm.vmid]
                 # PVE forgets the VM's access rules too: whoever makes it again needs rights on /vms.
-                state.acl = [entry for entry in state.acl if entry.path != f"/vms/{vm.vmid}"]
+                state.acl[:] = [entry for entry in state.acl if entry.path != f"/vms/{vm.vmid}"]
                 if call.flag("purge"):
                     log(f"purging VM {vm.vmid} from related configurations..")
+                    jobs.forget_guest(self._store, vm.vmid)
 
         return self._tasks.start("qmdestroy", vm.vmid, call.user, body, vm.vmid)
 
@@ -631,6 +644,6 @@ class QemuApi:
             self._storage.free(volid)
 
 
-def _new_mac() -> str:
+def new_mac() -> str:
     """A MAC in Proxmox' own range."""
     return "BC:24:11:" + ":".join(f"{byte:02X}" for byte in secrets.token_bytes(3))

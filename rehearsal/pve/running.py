@@ -76,7 +76,7 @@ class RunningApi:
         """Start a VM as a worker of the caller's."""
 
         def body(log: Log) -> None:
-            self._bring_up(vmid, call.number("timeout"))
+            self.bring_up(vmid)
 
         return self._tasks.start("qmstart", vmid, call.user, body, vmid)
 
@@ -85,10 +85,11 @@ class RunningApi:
         for vmid in [vmid for vmid in self._held if not self._power.running(vmid)]:
             del self._held[vmid]
 
-    def _bring_up(self, vmid: int, timeout: int) -> None:
+    def bring_up(self, vmid: int, skiplock: bool = False) -> None:
+        """Start a VM, as part of another worker."""
         with self._store.lock:
             vm = self._qemu.vm(vmid)
-            if vm.lock:
+            if vm.lock and not skiplock:
                 raise TaskError(f"VM is locked ({vm.lock})")
             if self._qemu.running(vmid):
                 raise TaskError(f"VM {vmid} already running")
@@ -107,6 +108,14 @@ class RunningApi:
         with self._store.lock:
             vm.started = time.time()
             self._store.save()
+
+    def check_start(self, vm: Vm) -> None:
+        """What would keep the VM from starting now; callers hold the store's lock.
+
+        Raises:
+            TaskError: in the words of the start.
+        """
+        self._prepared(vm)
 
     def _prepared(self, vm: Vm) -> GuestStart:
         """All checks of a start, in PVE's order; callers hold the store's lock."""
@@ -142,6 +151,7 @@ class RunningApi:
             gpus=self._devices(vm),
             memory_mib=vmconfig.memory_mib(config),
             agent=vmconfig.agent_enabled(config),
+            link_up=vmconfig.link_up(config),
         )
 
     def _check_resources(self, config: Config) -> None:
@@ -229,10 +239,11 @@ class RunningApi:
 
     def _shut_down(self, vm: Vm, user: str, timeout: float, force: bool) -> str:
         """A worker that shuts the VM down, and with `force` stops one that still runs after `timeout` seconds."""
-        body: Body = lambda log: self._power_down(vm, timeout, force, log)  # noqa: E731
+        body: Body = lambda log: self.power_down(vm, timeout, force, log)  # noqa: E731
         return self._tasks.start("qmshutdown", vm.vmid, user, body, vm.vmid)
 
-    def _power_down(self, vm: Vm, timeout: float, force: bool, log: Log) -> None:
+    def power_down(self, vm: Vm, timeout: float, force: bool, log: Log) -> None:
+        """Shut a VM down, as part of another worker."""
         if not self._power.shutdown(vm.vmid, timeout):
             if not force:
                 raise TaskError("VM quit/powerdown failed - got timeout")
@@ -254,8 +265,8 @@ class RunningApi:
             die(f"VM {vm.vmid} not running")
 
         def body(log: Log) -> None:
-            self._power_down(vm, call.number("timeout", _SHUTDOWN_TIMEOUT), call.flag("forceStop"), log)
-            self._bring_up(vm.vmid, 0)
+            self.power_down(vm, call.number("timeout", _SHUTDOWN_TIMEOUT), call.flag("forceStop"), log)
+            self.bring_up(vm.vmid)
 
         return self._tasks.start("qmreboot", vm.vmid, call.user, body, vm.vmid)
 

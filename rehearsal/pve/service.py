@@ -19,7 +19,10 @@ PROCESS = "pve-front"
 #: The first node's front listens here, on the control machine's address on the bridge; the next one port higher.
 FIRST_PORT = 18006
 _START_TIMEOUT = 30.0
-_COMMANDS = ("/usr/sbin/pveum", "/usr/sbin/pvesm", "/usr/sbin/qm", "/usr/bin/pvesh", "/usr/bin/pvenode")
+_COMMANDS = (
+    *("/usr/sbin/pveum", "/usr/sbin/pvesm", "/usr/sbin/qm", "/usr/sbin/qmrestore"),
+    *("/usr/bin/pvesh", "/usr/bin/pvenode", "/usr/bin/vzdump"),
+)
 _GUESTS_UNIT = """\
 # Starts and stops the node's VMs with it, as PVE's own unit of that name does.
 [Unit]

@@ -16,10 +16,34 @@ TASKS_KEPT = 500
 
 ConfigValue = int | str
 Config = dict[str, ConfigValue]
+# A backup job's options as text, its id left out.
+BackupJob = dict[str, str]
+
+
+class Archived(BaseModel):
+    """One drive of a backup. `data` says which content it holds (see `Volume.content_id`)."""
+
+    volid: str
+    storage: str
+    format: str
+    size: int
+    origin: str
+    data: str
+
+
+class Archive(BaseModel):
+    """What a backup holds: the guest's configuration, and its drives by key."""
+
+    config: Config
+    drives: dict[str, Archived]
 
 
 class Volume(BaseModel):
-    """A file of a storage. `size` is in bytes; `origin` is the image a system disk was imported from."""
+    """A file of a storage. `size` is in bytes; `origin` is the image a system disk was imported from.
+
+    `data` names the content where it came from somewhere else: from a backup, or under another name before.
+    `archive`, `notes` and `protected` are a backup's.
+    """
 
     storage: str
     name: str
@@ -29,10 +53,19 @@ class Volume(BaseModel):
     ctime: int
     vmid: int | None = None
     origin: str = ""
+    data: str = ""
+    archive: Archive | None = None
+    notes: str = ""
+    protected: bool = False
 
     @property
     def volid(self) -> str:
         return f"{self.storage}:{self.name}"
+
+    @property
+    def content_id(self) -> str:
+        """Equal for two volumes when one is a copy of the other, as far as the API was what copied it."""
+        return self.data or f"{self.volid}@{self.ctime}"
 
 
 class Storage(BaseModel):
@@ -44,6 +77,7 @@ class Storage(BaseModel):
     path: str = ""
     vgname: str = ""
     thinpool: str = ""
+    prune_backups: str = ""
 
     @property
     def holds_files(self) -> bool:
@@ -158,6 +192,7 @@ class NodeState(BaseModel):
     roles: dict[str, list[str]] = Field(default_factory=dict)
     acl: list[Acl] = Field(default_factory=list)
     mappings: dict[str, Mapping] = Field(default_factory=dict)
+    backup_jobs: dict[str, BackupJob] = Field(default_factory=dict)
     tasks: list[Task] = Field(default_factory=list)
     next_pid: int = 0x4000
 
@@ -167,12 +202,18 @@ class Store:
 
     def __init__(self, node: str, path: Path | None = None) -> None:
         self.lock = threading.RLock()
+        #: The other nodes of its cluster.
+        self.peers: list[Store] = []
         self._path = path
         if path is not None and path.exists():
             self.state = NodeState.model_validate_json(path.read_bytes())
             self._end_lost_tasks()
         else:
             self.state = NodeState(node=node)
+
+    def cluster(self) -> list[NodeState]:
+        """The states of all nodes, this one's first."""
+        return [self.state, *(peer.state for peer in self.peers)]
 
     def save(self) -> None:
         """Replace the file as a whole, so that a killed front leaves the last state and never half of one."""

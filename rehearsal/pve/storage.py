@@ -13,13 +13,19 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from rehearsal.pve import access
-from rehearsal.pve.errors import TaskError, bad_parameters, die, no_permission
+from rehearsal.pve import access, retention
+from rehearsal.pve.errors import ApiError, TaskError, bad_parameters, die, no_permission
 from rehearsal.pve.power import Power
 from rehearsal.pve.routing import Call, Route, needs, needs_any
 from rehearsal.pve.state import MIB, Storage, Store, Volume
 from rehearsal.pve.tasks import Log, Tasks
 
+# A guest's backup, by the name that vzdump gives it.
+BACKUP_NAME = re.compile(
+    r"vzdump-qemu-(?P<vmid>\d+)-(?P<stamp>\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d)\.(?P<format>vma(?:\.(?:zst|gz|lzo))?)"
+)
+# Where a file storage keeps backups, beneath its path.
+_BACKUP_FOLDER = "dump"
 _EXTENSIONS = {
     "import": r"[^/]+\.(?:ova|ovf|qcow2|raw|vmdk)",
     "iso": r"[^/]+\.(?:iso|img)",
@@ -56,6 +62,7 @@ class StorageApi:
             Route("GET", node + "/{storage}/status", self._status, audit),
             Route("GET", content, self._content, audit),
             Route("GET", content + "/{volume}", self._volume),
+            Route("PUT", content + "/{volume}", self._set_attributes),
             Route("DELETE", content + "/{volume}", self._delete),
             Route("POST", node + "/{storage}/download-url", self._download, self._may_download),
         ]
@@ -111,6 +118,19 @@ class StorageApi:
             self._power.remove_volume(volume)
             self._store.state.volumes.remove(volume)
 
+    def free_backup(self, volume: Volume) -> None:
+        """Remove a backup, its file included."""
+        self.path(volume).unlink(missing_ok=True)
+        self._store.state.volumes.remove(volume)
+
+    def require_backup_access(self, call: Call, storage: str, owner: int, vmid: int | None = None) -> None:
+        """PVE's rule for reading a backup: the store's administrator, the guest `vmid` itself, or both rights."""
+        state = self._store.state
+        if access.may(state, call.user, f"/storage/{storage}", "Datastore.Allocate") or owner == vmid:
+            return
+        access.require(state, call.user, f"/storage/{storage}", "Datastore.AllocateSpace")
+        access.require(state, call.user, f"/vms/{owner}", "VM.Backup")
+
     def rename(self, volid: str, vmid: int) -> Volume:
         """Give a disk to another VM under that VM's next free name."""
         volume = self.find(volid)
@@ -119,14 +139,14 @@ class StorageApi:
         name = self._free_name(volume.storage, vmid)
         if self.storage(volume.storage).holds_files:
             name = f"{vmid}/{name}.{volume.format}"
-        renamed = volume.model_copy(update={"name": name, "vmid": vmid})
+        renamed = volume.model_copy(update={"name": name, "vmid": vmid, "data": volume.content_id})
         self._power.rename_volume(volume, renamed)
         self._store.state.volumes[self._store.state.volumes.index(volume)] = renamed
         return renamed
 
     def image_size(self, volume: Volume) -> int:
         """The virtual size in bytes of a disk image, from its header when it is qcow2."""
-        path = self._path(volume)
+        path = self.path(volume)
         with path.open("rb") as file:
             header = file.read(32)
         if len(header) == 32 and header.startswith(_QCOW2_MAGIC):
@@ -170,11 +190,20 @@ class StorageApi:
         storage = self.storage(name)
         if "content" in call.params:
             storage.content = sorted(call.names("content"))
+        if "prune-backups" in call.params:
+            storage.prune_backups = retention.text(retention.parse(call.text("prune-backups")))
+        if "prune-backups" in call.names("delete"):
+            storage.prune_backups = ""
         return {"storage": name, "type": storage.type}
 
     def _config_view(self, name: str, storage: Storage) -> dict[str, Any]:
         view: dict[str, Any] = {"storage": name, "type": storage.type, "content": ",".join(storage.content)}
-        extra = {"path": storage.path, "vgname": storage.vgname, "thinpool": storage.thinpool}
+        extra = {
+            "path": storage.path,
+            "vgname": storage.vgname,
+            "thinpool": storage.thinpool,
+            "prune-backups": storage.prune_backups,
+        }
         view.update({key: value for key, value in extra.items() if value})
         view["digest"] = hashlib.sha1(
             repr(sorted(self._store.state.storages.items())).encode(), usedforsecurity=False
@@ -210,16 +239,23 @@ class StorageApi:
     def _content(self, call: Call) -> list[dict[str, Any]]:
         name = call.text("storage")
         self.storage(name)
-        # AllocateSpace alone opens the list, and shows nothing in it.
-        if not access.may(self._store.state, call.user, f"/storage/{name}", "Datastore.Audit", "Datastore.Allocate"):
-            return []
+        # AllocateSpace alone opens the list, and shows nothing in it but backups of guests that are the caller's.
+        audits = access.may(self._store.state, call.user, f"/storage/{name}", "Datastore.Audit", "Datastore.Allocate")
         return [
             self._volume_view(volume)
             for volume in self._store.state.volumes
             if volume.storage == name
+            and (self._reads_backup(call, volume) if volume.content == "backup" else audits)
             and call.text("content") in ("", volume.content)
             and call.text("vmid") in ("", str(volume.vmid))
         ]
+
+    def _reads_backup(self, call: Call, volume: Volume) -> bool:
+        try:
+            self.require_backup_access(call, volume.storage, volume.vmid or 0)
+        except ApiError:
+            return False
+        return True
 
     def _volume_view(self, volume: Volume) -> dict[str, Any]:
         view: dict[str, Any] = {
@@ -231,6 +267,11 @@ class StorageApi:
         }
         if volume.vmid is not None:
             view["vmid"] = volume.vmid
+        if volume.content == "backup":
+            view["subtype"] = "qemu"
+            # The list shows the first line, and the flag only where it is set.
+            view.update({"notes": volume.notes.partition("\n")[0]} if volume.notes else {})
+            view.update({"protected": 1} if volume.protected else {})
         return view
 
     def _named(self, call: Call) -> tuple[str, Volume | None]:
@@ -241,27 +282,64 @@ class StorageApi:
 
     def _volume(self, call: Call) -> dict[str, Any]:
         volid, volume = self._named(call)
-        access.require_any(
-            self._store.state, call.user, f"/storage/{call.text('storage')}", "Datastore.Audit", "Datastore.Allocate"
-        )
+        if (owner := self._backup_owner(volid)) is not None:
+            self.require_backup_access(call, call.text("storage"), owner)
+        else:
+            path = f"/storage/{call.text('storage')}"
+            access.require_any(self._store.state, call.user, path, "Datastore.Audit", "Datastore.Allocate")
         if volume is None:
             die(f"volume '{volid}' does not exist")
         view = self._volume_view(volume)
-        return {key: view[key] for key in ("format", "size")} | {"path": str(self._path(volume)), "used": volume.size}
+        if volume.content == "backup":
+            shown = {"path": self.shown_path(volume), "used": volume.size, "protected": int(volume.protected)}
+            shown.update({"notes": volume.notes} if volume.notes else {})
+            return {key: view[key] for key in ("format", "size")} | shown
+        return {key: view[key] for key in ("format", "size")} | {"path": str(self.path(volume)), "used": volume.size}
+
+    @staticmethod
+    def _backup_owner(volid: str) -> int | None:
+        """The guest that a volume id says it is a backup of."""
+        match = BACKUP_NAME.fullmatch(volid.partition(":")[2].removeprefix("backup/"))
+        return int(match["vmid"]) if match is not None else None
+
+    def _set_attributes(self, call: Call) -> None:
+        """The notes of a backup, and whether it is protected."""
+        volid, volume = self._named(call)
+        owner = self._backup_owner(volid)
+        if owner is None:
+            access.require(self._store.state, call.user, f"/storage/{call.text('storage')}", "Datastore.Allocate")
+            die(f"attribute 'notes' is not supported for storage type '{self.storage(call.text('storage')).type}'")
+        self.require_backup_access(call, call.text("storage"), owner)
+        if volume is None:
+            die(f"volume '{volid}' does not exist")
+        if "notes" in call.params:
+            volume.notes = call.text("notes")
+        if "protected" in call.params:
+            volume.protected = call.flag("protected")
 
     def _delete(self, call: Call) -> str:
         storage = call.text("storage")
-        access.require(self._store.state, call.user, f"/storage/{storage}", "Datastore.Allocate")
         volid, volume = self._named(call)
+        owner = self._backup_owner(volid)
+        if owner is not None:
+            access.require(self._store.state, call.user, f"/storage/{storage}", "Datastore.AllocateSpace")
+            access.require(self._store.state, call.user, f"/vms/{owner}", "VM.Backup")
+        else:
+            access.require(self._store.state, call.user, f"/storage/{storage}", "Datastore.Allocate")
+            owner = volume.vmid if volume is not None else None
         self.storage(storage)
 
         def body(log: Log) -> None:
             with self._store.lock:
+                if volume is not None and volume.protected:
+                    name = volid.partition(":")[2]
+                    raise TaskError(f"cannot remove protected volume '{name}' on '{storage}'")
                 self.free(volid)
                 if volume is not None and volume.content != "images":
-                    self._path(volume).unlink(missing_ok=True)
+                    self.path(volume).unlink(missing_ok=True)
+                log(f"Removed volume '{volid}'")
 
-        return self._tasks.start("imgdel", volid.partition(":")[2].partition("/")[0], call.user, body)
+        return self._tasks.start("imgdel", f"{owner}@{storage}" if owner else storage, call.user, body)
 
     @staticmethod
     def _may_download(store: Store, call: Call) -> None:
@@ -310,8 +388,14 @@ class StorageApi:
 
         return self._tasks.start("download", filename, call.user, body)
 
-    def _path(self, volume: Volume) -> Path:
+    def path(self, volume: Volume) -> Path:
+        """The file of a volume of a file storage, on the control machine."""
         return self._folder / volume.storage / volume.name
+
+    def shown_path(self, volume: Volume) -> str:
+        """The file of a backup as a node would name it."""
+        base = self.storage(volume.storage).path or f"/mnt/pve/{volume.storage}"
+        return f"{base}/{_BACKUP_FOLDER}/{volume.name.rpartition('/')[2]}"
 
 
 def _checksum(path: Path, algorithm: str) -> str:

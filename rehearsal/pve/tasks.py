@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rehearsal.pve import access
-from rehearsal.pve.errors import ApiError, TaskError, die
+from rehearsal.pve.errors import ApiError, Killed, TaskError, die
 from rehearsal.pve.state import Store, Task
 
 Log = Callable[[str], None]
@@ -98,11 +98,14 @@ class Tasks:
                     body(log)
         except (TaskError, ApiError) as error:
             status = str(error)
+        except Killed:
+            status = "unexpected status"
         except Exception as error:  # a worker's crash must be seen as a failed task, not as one that runs for ever
             logging.getLogger(__name__).exception("worker %s", task.upid)
             status = f"rehearsal: {type(error).__name__}: {error}"
         with self._store.lock:
-            task.log.append("TASK OK" if status == "OK" else f"TASK ERROR: {status}")
+            if status != "unexpected status":
+                task.log.append("TASK OK" if status == "OK" else f"TASK ERROR: {status}")
             task.endtime = int(time.time())
             task.exitstatus = status
             self._store.save()

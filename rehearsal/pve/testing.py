@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,12 @@ from aiohttp import web
 from rehearsal import ca
 from rehearsal.pve import vmconfig
 from rehearsal.pve.access import digest_of
-from rehearsal.pve.errors import TaskError
+from rehearsal.pve.errors import Killed, TaskError
 from rehearsal.pve.faults import TaskTrouble, Trouble
 from rehearsal.pve.front import Emulator, Front, Secrets, _parameters
 from rehearsal.pve.power import GuestStart, MemoryHardware, MemoryPower
 from rehearsal.pve.routing import Value
-from rehearsal.pve.state import GIB, Acl, NodeState, Storage, Store, Token, User, Vm, Volume
+from rehearsal.pve.state import GIB, Acl, Archive, Archived, NodeState, Storage, Store, Token, User, Vm, Volume
 from rehearsal.pve.tasks import Body, Log
 from rehearsal.pve.upstream import FakepveProcess, Upstream
 
@@ -63,8 +64,8 @@ class Exchange:
 class _TroubledFront(Front):
     """The front as its callers meet it on a bad day; it also remembers what it was asked."""
 
-    def __init__(self, emulator: Emulator, upstream: Upstream) -> None:
-        super().__init__(emulator, upstream)
+    def __init__(self, emulator: Emulator, upstream: Upstream, peers: Sequence[Emulator] = ()) -> None:
+        super().__init__(emulator, upstream, peers)
         self.exchanges: list[Exchange] = []
 
     async def _answer(self, request: web.Request, path: str) -> web.Response:
@@ -87,6 +88,9 @@ def _with_trouble(body: Body, trouble: TaskTrouble) -> Body:
     def troubled(log: Log) -> None:
         for line in trouble.log:
             log(line)
+        if trouble.after:
+            body(_interrupted(log, trouble))
+            return
         if trouble.status:
             raise TaskError(trouble.status)
         if not trouble.warnings:
@@ -100,6 +104,24 @@ def _with_trouble(body: Body, trouble: TaskTrouble) -> Body:
     return troubled
 
 
+def _interrupted(log: Log, trouble: TaskTrouble) -> Log:
+    """A log that the trouble comes from once its line is written."""
+    waiting = [trouble.after]
+
+    def watched(line: str) -> None:
+        log(line)
+        if not waiting or waiting[0] not in line:
+            return
+        waiting.clear()
+        if trouble.killed:
+            raise Killed
+        if trouble.status:
+            raise TaskError(trouble.status)
+        trouble.released.wait()
+
+    return watched
+
+
 class FakeLab:
     """One node's API on a loopback port.
 
@@ -111,8 +133,10 @@ class FakeLab:
     user = "gpulab@pve"
     token_name = "deploy"
 
-    def __init__(self, node: str = "pve1", release: str = "9.1.1") -> None:
+    def __init__(self, node: str = "pve1", release: str = "9.1.1", others: Sequence[str] = ()) -> None:
         self.node = node
+        #: The other nodes of its cluster; they are reached through this one.
+        self.others = {name: MemoryPower() for name in others}
         self.host = "127.0.0.1"
         self.port = 0
         self.power = MemoryPower()
@@ -155,6 +179,15 @@ class FakeLab:
     def state(self) -> NodeState:
         return self.emulator.store.state
 
+    def at(self, node: str) -> NodeState:
+        """The state of any node of the cluster."""
+        return next(state for state in self.emulator.store.cluster() if state.node == node)
+
+    @property
+    def offline(self) -> set[str]:
+        """Names of other nodes of the cluster that cannot be reached."""
+        return self._front.offline
+
     @property
     def lock(self) -> threading.RLock:
         return self.emulator.store.lock
@@ -184,6 +217,11 @@ class FakeLab:
             self.power.stop(vmid)
         self.power.__dict__.update(MemoryPower().__dict__)
         self.hardware.__dict__.update(MemoryHardware().__dict__)
+        self._front.offline.clear()
+        for name, peer in self._front.peers.items():
+            peer.tasks.join(_START_TIMEOUT)
+            self.others[name].__dict__.update(MemoryPower().__dict__)
+            peer.store.state = NodeState(node=name, release=self._release, next_pid=peer.store.state.next_pid)
         with self.lock:
             # Pids go on counting: a task of an earlier test must not come back under its UPID.
             fresh = NodeState(node=self.node, release=self._release, next_pid=self.state.next_pid)
@@ -307,6 +345,43 @@ class FakeLab:
             )
             self.emulator.running.hold_again()
 
+    def add_backup(
+        self, vmid: int, ctime: int, *, notes: str = "", protected: bool = False, storage: str = "local", **config: Any
+    ) -> str:
+        """A backup of a VM that was made at this Unix time; returns its volume id.
+
+        Without `config` it holds the VM as it is now, its drives included; with it, only that configuration.
+        """
+        with self.lock:
+            kept = config or {k: v for k, v in self.state.vms[vmid].config.items() if k != "lock"}
+            drives = {}
+            for key, (volid, _) in vmconfig.disks({} if config else kept).items():
+                volume = self.emulator.storage.find(volid)
+                if volume is not None:
+                    drives[key] = Archived(
+                        volid=volid,
+                        storage=volume.storage,
+                        format=volume.format,
+                        size=volume.size,
+                        origin=volume.origin,
+                        data=volume.content_id,
+                    )
+            stamp = time.strftime("%Y_%m_%d-%H_%M_%S", time.localtime(ctime))
+            made = Volume(
+                storage=storage,
+                name=f"backup/vzdump-qemu-{vmid}-{stamp}.vma.zst",
+                content="backup",
+                format="vma.zst",
+                size=1 * GIB,
+                ctime=ctime,
+                vmid=vmid,
+                notes=notes,
+                protected=protected,
+                archive=Archive(config=kept, drives=drives),
+            )
+            self.state.volumes.append(made)
+        return made.volid
+
     def add_storage(self, name: str, content: str, kind: str = "dir") -> None:
         with self.lock:
             self.state.storages[name] = Storage(type=kind, content=content.split(","), total=500 * GIB)
@@ -324,37 +399,63 @@ class FakeLab:
             else:
                 self.state.vms[vmid].config.pop("lock", None)
 
-    def answer(self, status: int, times: int = 1, method: str = "*", path: str = "") -> None:
-        """The next requests whose path matches the expression get this status, e.g. 596, and are not carried out."""
-        self.emulator.faults.add(status, times, method, path)
+    # `skip`: so many such requests or tasks are spared first.
 
-    def drop_reply(self, method: str, path: str, times: int = 1) -> None:
+    def answer(
+        self,
+        status: int,
+        times: int = 1,
+        method: str = "*",
+        path: str = "",
+        carried_out: bool = False,
+        skip: int = 0,
+    ) -> None:
+        """The next requests whose path matches the expression get this status, e.g. 596.
+
+        They are not carried out, unless `carried_out`.
+        """
+        self.emulator.faults.add(status, times, method, path, carried_out=carried_out, skip=skip)
+
+    def drop_reply(self, method: str, path: str, times: int = 1, skip: int = 0) -> None:
         """The next such requests are carried out and their connection closed without an answer."""
-        self.emulator.faults.add(0, times, method, path)
+        self.emulator.faults.add(0, times, method, path, skip=skip)
 
-    def hang_up(self, method: str, path: str, times: int = 1) -> None:
+    def hang_up(self, method: str, path: str, times: int = 1, skip: int = 0) -> None:
         """The next such requests find their connection closed, as a kept-alive one may be; nothing is carried out."""
-        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, hang_up=True))
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, hang_up=True, skip=skip))
 
-    def slow_reply(self, method: str, path: str, seconds: float, times: int = 1) -> None:
+    def slow_reply(self, method: str, path: str, seconds: float, times: int = 1, skip: int = 0) -> None:
         """The next such requests are carried out and answered this many seconds late."""
-        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, delay=seconds))
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, delay=seconds, skip=skip))
 
-    def meanwhile(self, method: str, path: str, action: Callable[[], None], times: int = 1) -> None:
+    def meanwhile(self, method: str, path: str, action: Callable[[], None], times: int = 1, skip: int = 0) -> None:
         """Just before the next such requests are looked at, somebody else does this."""
-        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, meanwhile=action))
+        self.emulator.faults.trouble(Trouble(method, re.compile(path), times, meanwhile=action, skip=skip))
 
-    def fail_task(self, kind: str, status: str, log: Sequence[str] = (), times: int = 1) -> None:
-        """The next tasks of this type do nothing but log these lines and end with this status."""
-        self.emulator.faults.task_trouble(TaskTrouble(kind, times, status=status, log=log))
+    def fail_task(
+        self, kind: str, status: str, log: Sequence[str] = (), times: int = 1, after: str = "", skip: int = 0
+    ) -> None:
+        """The next tasks of this type do nothing but log these lines and end with this status.
+
+        With `after` they work until they have logged a line with that text, fail there and clean up as they would.
+        """
+        self.emulator.faults.task_trouble(TaskTrouble(kind, times, status=status, log=log, after=after, skip=skip))
+
+    def kill_task(self, kind: str, after: str, times: int = 1, skip: int = 0) -> None:
+        """The worker of the next such tasks is killed once it has logged a line with this text; nothing cleans up."""
+        self.emulator.faults.task_trouble(TaskTrouble(kind, times, after=after, killed=True, skip=skip))
 
     def warn_task(self, kind: str, *warnings: str, times: int = 1) -> None:
         """The next tasks of this type do their work, log these lines and end with `WARNINGS: n`."""
         self.emulator.faults.task_trouble(TaskTrouble(kind, times, warnings=warnings))
 
-    def hold_task(self, kind: str, log: Sequence[str] = ()) -> Callable[[], None]:
-        """The next task of this type logs these lines and stands still until the returned function is called."""
-        trouble = TaskTrouble(kind, 1, log=log)
+    def hold_task(self, kind: str, log: Sequence[str] = (), after: str = "") -> Callable[[], None]:
+        """The next task of this type logs these lines and stands still until the returned function is called.
+
+        With `after` it stands still once it has logged a line with that text. Only for `vzdump` and `qmrestore`: in
+        the middle of others the whole node stands still.
+        """
+        trouble = TaskTrouble(kind, 1, log=log, after=after)
         self.emulator.faults.task_trouble(trouble)
         return trouble.released.set
 
@@ -389,7 +490,20 @@ class FakeLab:
             secrets=Secrets(self.root_password, "node-secret"),
             lock_wait=_LOCK_WAIT,
         )
-        # Every part of the emulator starts its tasks here.
-        vars(self.emulator.tasks)["start"] = self._troubled(self.emulator.tasks.start)
-        self._front = _TroubledFront(self.emulator, Upstream(self._fakepve))
+        peers = [
+            Emulator(
+                store=Store(name),
+                power=power,
+                hardware=self.hardware,
+                certificate=certificate,
+                folder=self.folder / f"storage-{name}",
+                secrets=Secrets(self.root_password, "node-secret"),
+                lock_wait=_LOCK_WAIT,
+            )
+            for name, power in self.others.items()
+        ]
+        # Every part of an emulator starts its tasks here.
+        for each in (self.emulator, *peers):
+            vars(each.tasks)["start"] = self._troubled(each.tasks.start)
+        self._front = _TroubledFront(self.emulator, Upstream(self._fakepve), peers)
         self.port = await self._front.start(self.host, 0)

@@ -270,9 +270,16 @@ def live(key: str, hotplug: str, value: ConfigValue | None, old: ConfigValue | N
     if key in _LIVE_KEYS or re.fullmatch(r"ipconfig\d+", key) or UNUSED_KEY.fullmatch(key):
         return True
     if re.fullmatch(r"(?:scsi|virtio)\d+", key):
-        # A new disk is plugged in; one that changes its options or goes away is left for the next start.
-        return "disk" in hotplug and old is None and value is not None
+        # A new disk is plugged in; one that goes away, or changes options that QEMU was started with, is left for the
+        # next start. Whether it is part of backups, QEMU does not know.
+        if value is None or "disk" not in hotplug:
+            return False
+        return old is None or _without_backup(str(old)) == _without_backup(str(value))
     return is_cdrom(value or old or "")
+
+
+def _without_backup(disk: str) -> set[str]:
+    return {part for part in disk.split(",") if not part.startswith(("backup=", "size="))}
 
 
 def digest(config: Config, pending: Mapping[str, ConfigValue | None]) -> str:
@@ -288,9 +295,20 @@ def free_number(prefix: str, taken: Iterable[str]) -> str:
     return next(f"{prefix}{n}" for n in range(256) if f"{prefix}{n}" not in used)
 
 
+def switched_off(options: Mapping[str, str], name: str) -> bool:
+    """True where a boolean option says no; one that is absent does not."""
+    return _zero_one(options.get(name, "1")) == "0"
+
+
 def agent_enabled(config: Mapping[str, ConfigValue]) -> bool:
     enabled = parse_properties(str(config.get("agent", "0")), "enabled").get("enabled", "0")
     return enabled.lower() in ("1", "on", "yes", "true")
+
+
+def link_up(config: Mapping[str, ConfigValue]) -> bool:
+    """True unless the first NIC's cable is pulled (`link_down=1`)."""
+    nics = sorted((key for key in config if re.fullmatch(r"net\d+", key)), key=lambda key: int(key[3:]))
+    return not nics or _zero_one(parse_properties(str(config[nics[0]])).get("link_down", "0")) == "0"
 
 
 def memory_mib(config: Mapping[str, ConfigValue]) -> int:

@@ -716,6 +716,44 @@ def test_a_dropped_reply_has_been_carried_out(lab: FakeLab, node: Any) -> None:
     assert node.tasks.get(vmid=101, source="all")[0]["type"] == "qmstart"
 
 
+def test_a_gateway_error_may_hide_what_was_carried_out(lab: FakeLab, node: Any) -> None:
+    create(lab)
+    lab.answer(599, method="POST", path="/status/start", carried_out=True)
+    assert refused(lambda: node.qemu(101).status.start.post())[:2] == (599, "Too many redirections")
+    assert node.tasks.get(vmid=101, source="all")[0]["type"] == "qmstart"
+
+
+def test_a_fault_spares_the_first_requests(lab: FakeLab) -> None:
+    lab.answer(596, path="/version", skip=1)
+    api = lab.api()
+    assert api.version.get()["version"] == "9.1.1"
+    assert refused(lambda: api.version.get())[:2] == (596, "Broken pipe")
+
+
+def test_an_expired_token_is_refused(lab: FakeLab) -> None:
+    lab.state.users[lab.user].tokens[lab.token_name].expire = 1
+    assert refused(lambda: lab.api().version.get())[:2] == (401, "token expired - access denied")
+
+
+def test_a_cluster_is_reached_through_one_node() -> None:
+    with FakeLab(others=["pve2"]) as lab:
+        lab.add_vm(101)
+        lab.at("pve2").vms[102] = lab.state.vms[101].model_copy(update={"vmid": 102})
+        api = lab.root()
+        assert [vm["vmid"] for vm in api.nodes("pve1").qemu.get()] == [101]
+        assert [vm["vmid"] for vm in api.nodes("pve2").qemu.get()] == [102]
+        assert refused(lambda: api.nodes("pve2").qemu.post(vmid=101))[1].startswith(
+            "unable to create VM 101 - VM 101 already exists on node 'pve1'"
+        )
+        assert api.cluster.nextid.get() == "100"
+        api.cluster.mapping.pci.post(id="a4000", map=["node=pve2,path=0000:01:00,id=10de:24b0"])
+        checked = api.cluster.mapping.pci.get(**{"check-node": "pve2"})[0]["checks"]
+        assert "missing expected property 'iommugroup'" in checked[0]["message"]
+        lab.offline.add("pve2")
+        assert refused(lambda: api.nodes("pve2").qemu.get())[:2] == (595, "No route to host")
+        assert api.nodes("pve1").qemu.get()
+
+
 def test_state_survives_a_restart_of_the_front(lab: FakeLab, tmp_path: Path) -> None:
     create(lab)
     path = tmp_path / "state.json"

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rehearsal import host, image, paths
+from rehearsal.host import HostSpec
 from rehearsal.pve import containers, images
 from rehearsal.pve.containers import ContainerPower
+from rehearsal.pve.errors import TaskError
 from rehearsal.pve.hardware import NodeHardware
 from rehearsal.pve.power import A4000, MemoryPower, PciDevice
 from rehearsal.pve.state import Store, Volume
@@ -90,3 +94,63 @@ def test_a_vm_runs_only_while_its_own_disk_does(lab: Path, monkeypatch: pytest.M
     assert power.running(101)
     spec.write_text(json.dumps({"upper": "/disks/two"}))
     assert not power.running(101)
+
+
+def test_an_archive_holds_a_systems_tree_and_a_sparse_disk(lab: Path) -> None:
+    """Volumes of one name on two storages keep apart."""
+    power = ContainerPower("pve1", lab / "volumes", lab / "hosts.json", threading.Lock())
+    made = {"storage": "one", "content": "images", "format": "raw", "ctime": 0, "size": 64 * 1024**2}
+    system = Volume.model_validate(made | {"name": "vm-101-disk-0", "origin": "local:import/a.qcow2"})
+    disk = Volume.model_validate(made | {"name": "vm-101-disk-0", "storage": "two"})
+    copies = {
+        "scsi0": system.model_copy(update={"name": "vm-901-disk-0"}),
+        "scsi1": disk.model_copy(update={"name": "vm-901-disk-0"}),
+    }
+    for volume in (system, disk, *copies.values()):
+        power.create_volume(volume)
+    root = lab / "volumes/one/vm-101-disk-0"
+    (root / "up/etc").mkdir()
+    (root / "up/etc/hostname").write_text("gpu01")
+    (root / "up/etc/link").symlink_to("/nowhere")
+    os.link(root / "up/etc/hostname", root / "docker/same")
+    (lab / "volumes/one/vm-901-disk-0/up/stale").write_text("of another life")
+    with (lab / "volumes/two/vm-101-disk-0/disk.raw").open("r+b") as file:
+        file.seek(48 * 1024**2)
+        file.write(b"data")
+    archive = lab / "archive.vma.dat"
+    power.pack(archive, {"scsi0": system, "scsi1": disk})
+    power.unpack(archive, copies)
+    copied = lab / "volumes/one/vm-901-disk-0"
+    assert (copied / "up/etc/hostname").read_text() == "gpu01"
+    assert (copied / "up/etc/link").readlink() == Path("/nowhere")
+    assert (copied / "docker/same").samefile(copied / "up/etc/hostname")
+    assert not (copied / "up/stale").exists()
+    assert (copied / "work").is_dir()
+    raw, was = lab / "volumes/two/vm-901-disk-0/disk.raw", lab / "volumes/two/vm-101-disk-0/disk.raw"
+    assert raw.read_bytes() == was.read_bytes()
+    assert raw.stat().st_blocks * 512 < 1024**2
+    assert sorted(path.name for path in (lab / "volumes").iterdir()) == ["one", "two"]
+
+
+def test_an_archive_that_is_cut_off_leaves_the_volumes_as_they_were(lab: Path) -> None:
+    power = ContainerPower("pve1", lab / "volumes", lab / "hosts.json", threading.Lock())
+    disk = Volume(storage="two", name="vm-101-disk-0", content="images", format="raw", size=4096, ctime=0)
+    power.create_volume(disk)
+    raw = lab / "volumes/two/vm-101-disk-0/disk.raw"
+    raw.write_bytes(os.urandom(4096))
+    archive = lab / "archive.vma.dat"
+    power.pack(archive, {"scsi1": disk})
+    archive.write_bytes(archive.read_bytes()[:-100])
+    raw.write_bytes(b"kept")
+    with pytest.raises(TaskError, match="simulated"):
+        power.unpack(archive, {"scsi1": disk})
+    assert raw.read_bytes() == b"kept"
+    assert sorted(path.name for path in (lab / "volumes").iterdir()) == ["two"]
+
+
+def test_a_guest_whose_cable_is_pulled_is_off_the_bridge(lab: Path) -> None:
+    spec = HostSpec("gpu01", "10.66.0.101", "10.66.0.1", lower=lab, upper=lab)
+    assert "--network-veth" not in host.command(spec, lab)
+    pulled = host.command(replace(spec, link_up=False), lab)
+    assert "--network-veth" in pulled
+    assert not any(word.startswith("--network-bridge") for word in pulled)

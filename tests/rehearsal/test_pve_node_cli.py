@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,66 @@ def test_wrong_secret_is_refused(lab: FakeLab, shell: Shell, tmp_path: Path) -> 
     settings.write_text(settings.read_text().replace(lab.node_secret, "guess"))
     refused = shell("qm", "list")
     assert (refused.returncode, refused.stderr) == (255, "Authentication failed!\n")
+
+
+# Backups.
+
+
+def test_vzdump_and_qmrestore_print_what_their_workers_say(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, memory="2048", scsi0="local-lvm:vm-101-disk-0,size=32G", net0="virtio=BC:24:11:AA:BB:CC")
+    done = shell("vzdump", "101", "--storage", "local", "--compress", "zstd", "--protected")
+    assert done.returncode == 0
+    assert "INFO: Backup job finished successfully\n" in done.stdout
+    listed = shell(
+        "pvesh", "get", "/nodes/pve1/storage/local/content", "--content", "backup", "--output-format", "json"
+    )
+    (entry,) = json.loads(listed.stdout)
+    assert entry["protected"] == 1
+    done = shell("qmrestore", entry["volid"], "901", "--storage", "local-lvm", "--unique")
+    assert done.returncode == 0
+    assert "new volume ID is 'local-lvm:vm-901-disk-0'\n" in done.stdout
+    assert lab.state.vms[901].config["net0"] != "virtio=BC:24:11:AA:BB:CC"
+    again = shell("qmrestore", entry["volid"], "901", "--storage", "local-lvm")
+    assert again.returncode == 255
+    assert again.stderr == "unable to restore VM 901 - VM 901 already exists on node 'pve1'\n"
+
+
+def test_a_vzdump_that_fails_says_so_with_its_log(lab: FakeLab, shell: Shell) -> None:
+    done = shell("vzdump", "999", "--storage", "local")
+    assert (done.returncode, done.stderr) == (255, "job errors\n")
+    assert "ERROR: Backup of VM 999 failed - unable to find VM '999'\n" in done.stdout
+    done = shell("vzdump", "--storage", "local")
+    assert done.stderr == "400 Parameter verification failed.\nvmid: property is missing\n"
+
+
+def test_pvesh_keeps_backup_jobs(lab: FakeLab, shell: Shell) -> None:
+    job = ("--id", "nightly", "--vmid", "101", "--storage", "local", "--prune-backups", "keep-daily=7")
+    assert shell("pvesh", "create", "/cluster/backup", *job, "--schedule", "03:00").returncode == 0
+    assert shell("pvesh", "set", "/cluster/backup/nightly", "--enabled", "0").returncode == 0
+    (found,) = json.loads(shell("pvesh", "get", "/cluster/backup", "--output-format", "json").stdout)
+    assert (found["id"], found["schedule"], found["enabled"]) == ("nightly", "03:00", 0)
+    assert shell("pvesh", "delete", "/cluster/backup/nightly").returncode == 0
+    assert lab.state.backup_jobs == {}
+    assert shell("pvesh", "get", "/cluster/backup/nightly").stderr == (
+        "400 Parameter verification failed.\nid: No such job 'nightly'\n"
+    )
+
+
+def test_guest_exec_waits_as_long_as_it_is_told(lab: FakeLab, shell: Shell) -> None:
+    lab.add_vm(101, running=True, agent="1")
+    lab.power.answers["cat", "large"] = (3, b"x" * 500_000)
+    ended = json.loads(shell("qm", "guest", "exec", "101", "--timeout", "0", "--", "cat", "large").stdout)
+    assert (ended["exited"], ended["exitcode"], len(ended["out-data"])) == (1, 3, 500_000)
+    done = shell("qm", "guest", "exec", "101", "--synchronous", "0", "--", "true")
+    assert (set(json.loads(done.stdout)), done.stderr) == ({"pid"}, "")
+    held = threading.Event()
+
+    def run(vmid: int, argv: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+        held.wait(30)
+        return subprocess.CompletedProcess(list(argv), 0, b"", b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.power, "run", run)
+        done = shell("qm", "guest", "exec", "101", "--timeout", "1", "--", "sleep", "9")
+        held.set()
+    assert (set(json.loads(done.stdout)), done.stderr) == ({"pid"}, "timeout reached, returning pid\n")

@@ -50,6 +50,9 @@ def lab() -> Iterator[FakeLab]:
         lab.add_vm(101, running=True, memory="2048", scsi0="local-lvm:vm-101-disk-0,size=32G", agent="enabled=1")
         lab.root().cluster.mapping.pci.post(id="a4000", map="node=pve1,path=0000:01:00,id=10de:24b0,iommugroup=14")
         lab.add_image()
+        lab.add_backup(101, 1_700_000_000, notes="kept", protected=True)
+        lab.root().storage("local").put(**{"prune-backups": "keep-last=2"})
+        lab.root().cluster.backup.post(id="nightly", schedule="03:00", vmid="101", storage="local", protected=1)
         yield lab
 
 
@@ -71,6 +74,11 @@ READS = (
     "/nodes/pve1/storage",
     "/nodes/pve1/storage/local/status",
     "/nodes/pve1/storage/local/content",
+    "/nodes/pve1/storage/local/content/local:backup/vzdump-qemu-101-2023_11_14-22_13_20.vma.zst",
+    "/nodes/pve1/storage/local/prunebackups",
+    "/cluster/backup",
+    "/cluster/backup/nightly",
+    "/cluster/backup-info/not-backed-up",
     "/nodes/pve1/qemu",
     "/nodes/pve1/qemu/101/config",
     "/nodes/pve1/qemu/101/pending",
