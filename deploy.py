@@ -10,7 +10,7 @@ Every host crosses this file. The one step that all of them share keeps the gues
 from inventory.packages import TOOLKIT
 from operations import containers, hypervisor, nvidia, run, system
 from operations.files import File, files, render
-from operations.proxmox import config, mapping, vm
+from operations.proxmox import backup, config, mapping, vm
 
 with run.of_host() as part:
     node, guest = part.node, part.guest
@@ -56,6 +56,7 @@ with run.of_host() as part:
     if guest:
         vm.image(name="Download the cloud image")
         vm.create_or_update(name="Create or change the VM")
+        backup.scheduled(name="Schedule the VM's backups")
         vm.started(name="Start the VM and wait for cloud-init")
 
         system.data_disk(
@@ -102,6 +103,7 @@ with run.of_host() as part:
         containers.engine(
             name="Install the container engine",
             packages=guest.packages.engine,
+            data=guest.data_disk.mount,
             registry_ca=guest.registry_certificates(),
         )
     if guest and guest.gpu:

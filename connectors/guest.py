@@ -21,7 +21,7 @@ from pyinfra.connectors.util import CommandOutput
 
 from connectors.base import LabConnector
 from inventory import GpulabError
-from operations.proxmox import host_keys, order, vm
+from operations.proxmox import host_keys, order, restore, vm
 from operations.proxmox.client import Client
 
 
@@ -31,6 +31,7 @@ class GuestConnector(LabConnector):
     def __init__(self, state: State, host: Host) -> None:
         super().__init__(state, host)
         self.closed = order.begun(state, self.lab)
+        restore.begun(state, self.lab)
 
     def connect(self) -> None:
         """Decide which of the three cases holds.
@@ -47,7 +48,7 @@ class GuestConnector(LabConnector):
             client = Client(node, retry_s=5, host=self.host)
             found = vm.read_state(client, guest.vmid)
         except GpulabError as error:
-            raise ConnectError(f"waits for {node.name}: {error}") from None
+            raise ConnectError(f"waits for {node.name}: {str(error).removeprefix(f'{node.name}: ')}") from None
         if found is None or not vm.is_ours(found.config) or found.status != "running":
             self.assumed = True
             return

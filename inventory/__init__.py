@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import click
 from pydantic import ValidationError
 from pyinfra.api.exceptions import PyinfraError
 
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["RUN_WORDS", "GpulabError", "Guest", "InventoryError", "Lab", "Node", "load", "of_run"]
 
 MODELS: dict[str, type[Node] | type[Guest]] = {"nodes": Node, "guests": Guest}
-#: Words of `--data` that are about one run of rebuild.py and belong to no host.
-RUN_WORDS = frozenset({"rollback", "take_over"})
+#: Words of `--data` that are about one run and belong to no host, with the program that takes them.
+RUN_WORDS = {
+    **dict.fromkeys(("rollback", "destroy", "confirm", "take_over"), "rebuild.py"),
+    **dict.fromkeys(("archive", "fresh", "keep"), "restore.py"),
+}
+#: Of a host's own keys those that mean something to one program alone.
+_OF_ONE_PROGRAM = {"keep_old": "rebuild.py"}
+PROGRAMS = ("deploy.py", "rebuild.py", "restore.py")
 
 _of_run: WeakKeyDictionary[State, Lab] = WeakKeyDictionary()
 
@@ -64,8 +71,26 @@ def of_run(state: State) -> Lab:
         InventoryError: as `load()`.
     """
     if state not in _of_run:
+        _check_words(state.inventory.override_data)
         _of_run[state] = validate(state.inventory)
     return _of_run[state]
+
+
+def _check_words(words: Iterable[str]) -> None:
+    """
+    Raises:
+        InventoryError: a word of `--data` is for another program than the one that runs.
+    """
+    command = click.get_current_context(silent=True)
+    files = [Path(str(word)).name for word in (command.params.get("operations") or ())] if command else []
+    running = [name for name in files if name in PROGRAMS]
+    of = {**RUN_WORDS, **_OF_ONE_PROGRAM}
+    for word in words:
+        if running and word in of and of[word] not in running:
+            raise InventoryError(
+                f"--data {word}=…: {running[0]} does nothing with it; nothing was changed",
+                resolution=f"it is for {of[word]} --limit GUEST",
+            )
 
 
 def validate(resolved: Inventory) -> Lab:
@@ -107,7 +132,7 @@ def _validate_host(
     foreign = {key for other in MODELS.values() for key in other.model_fields} - own
     data: dict[str, Any] = {"name": name}
     for key, value in raw.items():
-        if key in own or not (PYINFRA_KEY.match(key) or (key in (foreign | RUN_WORDS) and key in overridden)):
+        if key in own or not (PYINFRA_KEY.match(key) or (key in (foreign | RUN_WORDS.keys()) and key in overridden)):
             data[key] = value
     if model is Guest and isinstance(data.get("address"), str):
         data.setdefault("ssh_hostname", data["address"].partition("/")[0])
@@ -176,6 +201,15 @@ def _check_lab(nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[s
         keys: list[tuple[str, object]] = [("vmid", (node.cluster_name, guest.vmid)), ("address", guest.address.ip)]
         if guest.gpu is not None:
             keys.append(("gpu", (node.name, guest.gpu)))
+        for number, card in enumerate(guest.networks):
+            if card.mac is not None:
+                place = ("mac", (node.cluster_name, card.bridge, card.mac.lower()))
+                if place in seen:
+                    problems.append(
+                        f"{guest.name}: networks.{number}.mac = {card.mac!r}: already used by {seen[place]} "
+                        f"on {card.bridge}; expected another one"
+                    )
+                seen[place] = guest.name
         for key, value in keys:
             if (key, value) in seen:
                 shown = getattr(guest, key)
@@ -191,7 +225,64 @@ def _check_lab(nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[s
         except OSError as error:
             problems.append(f"{guest.name}: registry_ca: {error.filename}: {error.strerror}; expected a PEM file")
         problems += _check_gpu(node, guest)
+        problems += _check_spare(node, guest, nodes, guests)
+        problems += _check_keeper(node, guest, nodes, guests)
+    for node in nodes.values():
+        problems += _check_hugepages(node, [guest for guest in guests.values() if guest.node == node.name])
     return problems
+
+
+def _check_hugepages(node: Node, guests: Iterable[Guest]) -> list[str]:
+    """Huge pages come out of what the node sets aside at boot."""
+    users = [guest for guest in guests if guest.hugepages is not None]
+    pool = node.passthrough.hugepages
+    if pool is None:
+        return [
+            f"{guest.name}: hugepages = {guest.hugepages!r}: {node.name} sets no huge pages aside; "
+            f"expected `passthrough.hugepages` of {node.name}, with {guest.memory_mib} MiB for it"
+            for guest in users
+        ]
+    problems = [
+        f"{guest.name}: hugepages = {guest.hugepages!r}: {node.name} sets aside pages of {pool.size}; "
+        f"expected {pool.size!r} (or another passthrough.hugepages.size of {node.name})"
+        for guest in users
+        if guest.hugepages not in (pool.size, "any")
+    ]
+    taken = sum(guest.memory_mib for guest in users)
+    if taken > pool.mib:
+        terms = " + ".join(f"{guest.name} {guest.memory_mib}" for guest in users)
+        problems.append(
+            f"{node.name}: passthrough.hugepages.count = {pool.count}: {pool.mib} MiB, and its guests take "
+            f"{terms} = {taken} MiB; expected at least {-(-taken // pool.page_mib)}"
+        )
+    return problems
+
+
+def _check_spare(node: Node, guest: Guest, nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[str]:
+    """A restore would have to remove what stands in its way."""
+    spare = guest.backup.spare_vmid if guest.backup is not None else None
+    return [
+        f"{guest.name}: backup.spare_vmid = {spare}: expected an id that no guest has; it is the vmid of {other.name}"
+        for other in guests.values()
+        if other.vmid == spare and other.node in nodes and nodes[other.node].cluster_name == node.cluster_name
+    ]
+
+
+def _check_keeper(node: Node, guest: Guest, nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[str]:
+    """The keeper of destroy=1 is a VM beside all others."""
+    taken: dict[int, str] = {}
+    for other in guests.values():
+        if other.node not in nodes or nodes[other.node].cluster_name != node.cluster_name:
+            continue
+        taken[other.vmid] = f"the vmid of {other.name}"
+        if other.backup is not None:
+            taken[other.backup.spare_vmid] = f"the spare_vmid of {other.name}"
+        if other.keeper_vmid is not None and other.name != guest.name:
+            taken[other.keeper_vmid] = f"the keeper_vmid of {other.name}"
+    if guest.keeper_vmid not in taken:
+        return []
+    used = taken[guest.keeper_vmid]
+    return [f"{guest.name}: keeper_vmid = {guest.keeper_vmid}: expected an id that nothing else has; it is {used}"]
 
 
 def _check_gpu(node: Node, guest: Guest) -> list[str]:

@@ -52,6 +52,7 @@ guests = [
             "memory_mib": 2048,
             "system_disk_gib": 16,
             "data_disk": {"size_gib": 4},
+            "backup": {"storage": "local", "spare_vmid": 900 + number},
             "boot_timeout_s": 180,
             "nvidia": _lab["nvidia"],
             "registry_ca": _lab["registry_ca"],

@@ -82,8 +82,12 @@ class Hugepages(Model):
     count: int = Field(ge=1)
 
     @property
+    def page_mib(self) -> int:
+        return 1024 if self.size == "1G" else 2
+
+    @property
     def mib(self) -> int:
-        return self.count * (1024 if self.size == "1G" else 2)
+        return self.count * self.page_mib
 
 
 class Passthrough(Model):
@@ -253,6 +257,96 @@ class DataDisk(Model):
 
     size_gib: int = Field(default=200, ge=1)
     mount: AbsolutePath = "/srv/data"
+    #: Is it part of the VM's backups? False: only the system disk is, and a restore has nothing to compare.
+    backup: bool = True
+
+
+#: A number, `*`, a range `8..17`, each with a step behind `/`; several with commas.
+_CLOCK = re.compile(
+    r"(?:\*|[0-9]{1,2}(?:\.\.[0-9]{1,2})?)(?:/[0-9]{1,2})?(?:,[0-9]{1,2}(?:\.\.[0-9]{1,2})?(?:/[0-9]{1,2})?)*"
+)
+_DAYS = {"mon": "day", "tue": "sday", "wed": "nesday", "thu": "rsday", "fri": "day", "sat": "urday", "sun": "day"}
+_DAY = "|".join(f"{short}(?:{rest})?" for short, rest in _DAYS.items())
+_WEEKDAYS = re.compile(rf"(?:{_DAY})(?:\.\.(?:{_DAY}))?(?:,(?:{_DAY})(?:\.\.(?:{_DAY}))?)*", re.I)
+_DATE = re.compile(r"(?:(?:\*|[0-9]{4})-)?(\*|[0-9,./]+)-(\*|[0-9,./]+)")
+_WORDS = ("minutely", "hourly", "daily", "weekly", "monthly", "quarterly", "semiannually", "semi-annually")
+_EVENT = "a calendar event of PVE, such as 03:00, sun 02:30, mon..fri 22:00 or */6:00"
+
+
+def _clock(text: str) -> bool:
+    """Is it `hours:minutes[:seconds]`, or minutes alone, each within its limit?"""
+    parts = text.split(":")
+    limits = {1: (59,), 2: (23, 59), 3: (23, 59, 59)}.get(len(parts), ())
+    return bool(limits) and all(
+        _CLOCK.fullmatch(part) is not None and all(int(number) <= limit for number in re.findall(r"[0-9]+", part))
+        for part, limit in zip(parts, limits, strict=True)
+    )
+
+
+def _date(text: str) -> bool:
+    """Is it `[year-]month-day`, each a number that there is?"""
+    found = _DATE.fullmatch(text)
+    return found is not None and all(
+        1 <= int(number) <= limit
+        for part, limit in zip(found.groups(), (12, 31), strict=True)
+        for number in re.findall(r"[0-9]+", part)
+    )
+
+
+def _calendar_event(value: str) -> str:
+    """The event in one spelling: lower case, one space between its parts."""
+    words = value.lower().split()
+    rest = list(words)
+    if len(words) == 1 and words[0] in (*_WORDS, "yearly", "annually"):
+        return words[0]
+    if rest and _WEEKDAYS.fullmatch(rest[0]):
+        rest.pop(0)
+    if rest and _date(rest[0]):
+        rest.pop(0)
+    if rest and _clock(rest[0]):
+        rest.pop(0)
+    if rest or not words:
+        raise ValueError(_EVENT)
+    return " ".join(words)
+
+
+class Keep(Model):
+    """How many backups stay: the newest ones, and the newest of so many hours, days and so on. 0: none for that."""
+
+    last: int = Field(default=0, ge=0)
+    hourly: int = Field(default=0, ge=0)
+    daily: int = Field(default=0, ge=0)
+    weekly: int = Field(default=0, ge=0)
+    monthly: int = Field(default=0, ge=0)
+    yearly: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def something(self) -> Keep:
+        if not self.options:
+            raise ValueError("at least one backup to stay, such as `last`: 3")
+        return self
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As PVE calls them: `keep-daily`."""
+        return {f"keep-{name}": count for name in type(self).model_fields if (count := getattr(self, name))}
+
+
+class Backup(Model):
+    """Backups of a guest by PVE's own scheduler (vzdump). docs/backup.md says what they hold and how to restore."""
+
+    #: Where they lie: a storage of the node with the content type `backup`.
+    storage: Storage = "local"
+    #: When: a calendar event of PVE, in the node's time zone.
+    schedule: Annotated[str, AfterValidator(_calendar_event)] = "03:00"
+    #: What stays. Said in part, the rest is none: {"last": 3} keeps three.
+    keep: Keep = Keep(daily=7, weekly=4)
+    #: `snapshot`: the guest goes on; its agent holds file systems still for a moment. `suspend` and `stop` halt it.
+    mode: Literal["snapshot", "suspend", "stop"] = "snapshot"
+    #: Hours; verify fails when the newest backup is older.
+    max_age_h: float = Field(default=26, gt=0)
+    #: The VM id that restore.py restores into, to compare the data. No guest's.
+    spare_vmid: int = Field(ge=100, le=999_999_999)
 
 
 class Nvidia(Model):
@@ -442,6 +536,8 @@ class Guest(SshHost):
     disk_storage: Storage = "local-lvm"
     system_disk_gib: int = Field(default=64, ge=4)
     data_disk: DataDisk = DataDisk()
+    #: None: gpulab schedules no backups.
+    backup: Backup | None = None
     #: The passthrough device it is given, by name; None: a guest without GPU.
     gpu: Name | None = "a4000"
     onboot: bool = True
@@ -453,10 +549,14 @@ class Guest(SshHost):
     tags: list[Tag] = []
     #: Shown on the VM's summary in PVE's web interface. None: not declared.
     description: Annotated[str, StringConstraints(max_length=8000)] | None = None
-    #: May the deploy restart this guest, for a driver that can't be reloaded or changes that a running VM can't take?
+    #: May the deploy reboot this guest for a driver that can't be reloaded?
     allow_reboot: bool = True
+    #: May the deploy stop and start its VM for changes that a running one can't take?
+    allow_restart: bool = True
     #: Seconds from power on to a finished cloud-init.
     boot_timeout_s: int = Field(default=600, ge=10)
+    #: The id of the VM that holds the data disks while `destroy=1` makes the guest's own anew. None: the next free one.
+    keeper_vmid: int | None = Field(default=None, ge=100, le=999_999_999)
     #: Days that a rebuild keeps the old system disk after a passed verify. `--data keep_old=…` is for one run.
     keep_old: int = Field(default=0, ge=0)
     nvidia: Nvidia = Nvidia()

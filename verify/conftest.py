@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(kind): the hosts a check is for: nodes, apis, guests, gpus, ollama")
+    config.addinivalue_line("markers", "on(kind): the hosts a check is for: nodes, apis, guests, gpus, ollama, backups")
     if config.option.help or getattr(config.option, "markers", False):
         return
     file = config.getoption("--lab")
@@ -313,3 +313,4 @@ ollama_load = observation("ollama_load")
 ollama_port = observation("ollama_port")
 api = observation("api")
 vm = observation("vm")
+backup = observation("backup")

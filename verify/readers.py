@@ -13,12 +13,23 @@ from typing import Any
 
 from inventory import Guest, Lab, Node
 from inventory.packages import TOOLKIT
-from verify.hosts import Connection, Unreachable
+from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
 
 ROOM = Path(__file__).parent
 #: Subjects in the order in which a host's lane reads them. Each is also the name of a fixture.
-SUBJECTS = ("reach", "hypervisor", "system", "nvidia", "containers", "ollama_load", "ollama_port", "api", "vm")
+SUBJECTS = (
+    "reach",
+    "hypervisor",
+    "system",
+    "nvidia",
+    "containers",
+    "ollama_load",
+    "ollama_port",
+    "api",
+    "vm",
+    "backup",
+)
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
 #: Seconds for a model to come from the disk into the GPU's memory.
@@ -43,6 +54,7 @@ class Readers:
             "ollama_port": self._ollama_port,
             "api": lambda node: self._api(node).reach(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
+            "backup": self._backup,
         }
 
     def read(self, host: str, subject: str) -> dict[str, Any]:
@@ -55,6 +67,8 @@ class Readers:
             return f"port of {host}"
         if subject == "vm":
             return f"api of {self._lab.guests[host].node}"
+        if subject == "backup":
+            return self._lab.guests[host].node
         return f"api of {host}" if subject == "api" else host
 
     def close(self) -> None:
@@ -80,6 +94,18 @@ class Readers:
 
     def _hypervisor(self, node: Node) -> dict[str, Any]:
         return self._connection(node).read(ROOM / "hypervisor/remote.py", {})
+
+    def _backup(self, guest: Guest) -> dict[str, Any]:
+        """Over the node's connection: the token sees no jobs."""
+        backup = guest.backup
+        if backup is None:
+            return {"job": None, "backups": [], "error": "", "meta": None, "now": time.time()}
+        arguments = {"job": f"gpulab-{guest.name}", "storage": backup.storage, "vmid": guest.vmid}
+        node = self._lab.node_of(guest)
+        try:
+            return self._connection(node).read(ROOM / "vm/remote.py", arguments)
+        except Unreachable:
+            raise Unreadable(f"{node.name} is not reachable") from None
 
     def _system(self, guest: Guest) -> dict[str, Any]:
         connection = self._connection(guest)

@@ -30,7 +30,8 @@ def limited(lab: Lab, limits: Collection[str]) -> list[str]:
 def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
     """The hosts among `chosen` that checks of a kind are for.
 
-    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `ollama` those that run it.
+    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `ollama` those that run it,
+    `backups` those with declared backups.
     """
     guests = [guest for guest in lab.guests.values() if guest.name in chosen]
     match kind:
@@ -42,6 +43,8 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests]
         case "gpus":
             return [guest.name for guest in guests if guest.gpu is not None]
+        case "backups":
+            return [guest.name for guest in guests if guest.backup is not None]
         case "ollama":
             return [guest.name for guest in guests if guest.services.ollama is not None]
     raise ValueError(f"no kind of host is called {kind!r}")

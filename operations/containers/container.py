@@ -97,7 +97,7 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
                 "name": spec.name,
                 "create": spec.create(),
                 "mounts": list(spec.mounts),
-                "folders": list(spec.volumes),
+                "folders": spec.folders(),
                 "probe": spec.probe,
                 "gpu": bool(spec.devices),
                 "stop_s": spec.stop_s,

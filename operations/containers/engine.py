@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,11 @@ DAEMON = "/etc/docker/daemon.json"
 UNIT = "gpulab-containers.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"
 PROGRAM = "/usr/local/libexec/gpulab/start-containers"
+#: The unit that stops our containers when the data disk goes.
+GUARD = "gpulab-data-disk.service"
+GUARD_FILE = f"/etc/systemd/system/{GUARD}"
+GUARD_PROGRAM = "/usr/local/libexec/gpulab/stop-containers"
+UNITS = {UNIT: UNIT_FILE, GUARD: GUARD_FILE}
 
 #: What we need of the engine; other keys of daemon.json stay as they are.
 SETTINGS: Mapping[str, Any] = {
@@ -65,13 +71,35 @@ def daemon_settings(text: str | None) -> str:
     return json.dumps(current, indent=2, sort_keys=True) + "\n"
 
 
-def decide(found: Mapping[str, Any], packages: Sequence[str], registry_ca: Mapping[str, str]) -> Actions:
+def mount_unit(path: str) -> str:
+    """systemd's name of the unit for a mount point (systemd-escape --path)."""
+    parts = [part for part in path.split("/") if part]
+    escaped = "-".join(
+        "".join(
+            char if re.fullmatch(r"[A-Za-z0-9:_.]", char) and not (number == place == 0 and char == ".") else _hex(char)
+            for place, char in enumerate(part)
+        )
+        for number, part in enumerate(parts)
+    )
+    return f"{escaped or '-'}.mount"
+
+
+def _hex(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode())
+
+
+def decide(found: Mapping[str, Any], packages: Sequence[str], registry_ca: Mapping[str, str], data: str) -> Actions:
     """What has to happen for the engine to be as declared."""
     texts = found.get("files", {})
+    disk = {"data": data, "mount_unit": mount_unit(data)}
     wanted = {
         DAEMON: File(daemon_settings(texts.get(DAEMON))),
-        UNIT_FILE: File(render("containers/gpulab-containers.service.j2", program=PROGRAM)),
+        UNIT_FILE: File(
+            render("containers/gpulab-containers.service.j2", program=PROGRAM, guard=GUARD, **disk),
+        ),
         PROGRAM: File(render("containers/start-containers.sh.j2", label=SERVICE), mode=0o755),
+        GUARD_FILE: File(render("containers/gpulab-data-disk.service.j2", program=GUARD_PROGRAM, **disk)),
+        GUARD_PROGRAM: File(render("containers/stop-containers.sh.j2", label=SERVICE), mode=0o755),
     }
     changing: dict[str, File | None] = {
         path: file for path, file in wanted.items() if not same_settings(path, texts.get(path), file.content)
@@ -83,8 +111,10 @@ def decide(found: Mapping[str, Any], packages: Sequence[str], registry_ca: Mappi
     units = found.get("units", {})
     enable = tuple(
         unit
-        for unit in ("docker.service", UNIT)
-        if (units.get(unit, {}).get("enabled"), units.get(unit, {}).get("active")) != ("enabled", "active")
+        for unit in ("docker.service", *UNITS)
+        # What wants a unit of ours stands in its file.
+        if UNITS.get(unit) in changing
+        or (units.get(unit, {}).get("enabled"), units.get(unit, {}).get("active")) != ("enabled", "active")
     )
     info = found.get("info")
     restart = ""
@@ -94,7 +124,7 @@ def decide(found: Mapping[str, Any], packages: Sequence[str], registry_ca: Mappi
         elif not (info["cdi"] and info["live_restore"] and info["log_driver"] == SETTINGS["log-driver"]):
             # A run that was killed between the file and the restart.
             restart = f"it does not run with {DAEMON}"
-    return Actions(tuple(absent), changing, UNIT_FILE in changing, enable, restart)
+    return Actions(tuple(absent), changing, not changing.keys().isdisjoint(UNITS.values()), enable, restart)
 
 
 def same_settings(path: str, current: str | None, wanted: str) -> bool:
@@ -108,22 +138,24 @@ def same_settings(path: str, current: str | None, wanted: str) -> bool:
 
 
 @step.step
-def engine(packages: Sequence[str], registry_ca: Mapping[str, str] | None = None) -> step.Commands:
+def engine(packages: Sequence[str], data: str, registry_ca: Mapping[str, str] | None = None) -> step.Commands:
     """
     Ensure that Docker is installed, runs with CDI and bounded logs, and trusts the declared registries' CAs.
 
     Its containers of ours are started at boot by a unit of ours, since Docker 26.1 does not start those with a GPU.
+    Units of ours are bound to the data disk's mount: it goes, and they are stopped; it comes back, and they start.
 
     + packages: the engine's packages
+    + data: mount point of the data disk
     + registry_ca: `host:port` to the PEM text of the CA that signed the registry's certificate
     """
     found = step.read(
         EngineFacts,
         package_names=list(packages),
-        unit_names=["docker.service", UNIT],
-        files=[DAEMON, UNIT_FILE, PROGRAM],
+        unit_names=["docker.service", *UNITS],
+        files=[DAEMON, UNIT_FILE, PROGRAM, GUARD_FILE, GUARD_PROGRAM],
     )
-    actions = decide(found, packages, registry_ca or {})
+    actions = decide(found, packages, registry_ca or {}, data)
     if not actions.any():
         step.noop(f"Docker {found['info']['version']} runs with CDI")
         return
@@ -148,7 +180,9 @@ def engine(packages: Sequence[str], registry_ca: Mapping[str, str] | None = None
     if actions.restart:
         yield StringCommand("systemctl", "restart", "docker.service")
     if actions.enable:
-        yield StringCommand("systemctl", "enable", "--now", *actions.enable)
+        # Enabled anew, one whose file changed is wanted by what it says now and by nothing else.
+        yield StringCommand("systemctl", "reenable", *actions.enable)
+        yield StringCommand("systemctl", "start", *actions.enable)
     if actions.install or actions.restart:
         yield step.call(check, list(packages))
 

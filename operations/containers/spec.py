@@ -15,6 +15,9 @@ SERVICE = "org.gpulab.service"
 SPEC = "org.gpulab.spec"
 DECLARATION = "org.gpulab.declaration"
 
+#: Folder on a data disk that a container without a folder of its own there is bound to.
+MARK = ".gpulab"
+
 
 @dataclass(frozen=True)
 class ContainerSpec:
@@ -30,7 +33,7 @@ class ContainerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     #: Folder of the guest to path in the container. The folder is made when it is missing.
     volumes: Mapping[str, str] = field(default_factory=dict)
-    #: Mount points that must be mounted before a folder is made: the system disk is not the data disk.
+    #: Mount points without which the container must not run: the system disk is not the data disk.
     mounts: tuple[str, ...] = ()
     #: Port on the guest's loopback address to port in the container.
     ports: Mapping[int, int] = field(default_factory=dict)
@@ -80,6 +83,15 @@ class ContainerSpec:
         labels = [("--label", f"{SPEC}={self.digest()}"), ("--label", f"{DECLARATION}={declaration}")]
         return [*[word for pair in labels for word in pair], *self._options()]
 
+    def guards(self) -> dict[str, str]:
+        """Folders that are bound for the sake of `mounts` alone, with their paths in the container."""
+        bare = [mount for mount in self.mounts if not any(_below(source, mount) for source in self.volumes)]
+        return {f"{mount}/{MARK}": f"/run/gpulab{mount}" for mount in bare}
+
+    def folders(self) -> list[str]:
+        """Folders of the guest that must be there before the container is created."""
+        return [*self.volumes, *self.guards()]
+
     def _options(self) -> list[str]:
         words = [f"--label={SERVICE}={self.name}", "--restart=unless-stopped", f"--hostname={self.name}"]
         words += ["--cap-drop=ALL", *[f"--cap-add={name}" for name in self.capabilities]]
@@ -87,15 +99,23 @@ class ContainerSpec:
         words += ["--read-only"] if self.read_only else []
         words += [f"--tmpfs={path}" for path in self.tmpfs]
         words += [f"--env={key}={value}" for key, value in sorted(self.environment.items())]
-        # Unlike `--volume`, this refuses a folder that is missing: a data disk that was not mounted at boot keeps
-        # its services down, instead of giving them an empty folder on the system disk.
+        # The restart policy is for services that crash, and the engine obeys it at each of its own starts, before
+        # any unit of ours could say no. `on-failure` would be no help: what a shutdown or a power failure ended has
+        # another status than 0 (255), and is started anew. So it is the container itself that cannot start without
+        # its data disk, whoever starts it: unlike `--volume`, this refuses a folder that is missing, and in the empty
+        # and immutable mount point on the system disk nobody can make it.
         words += [f"--mount=type=bind,source={source},target={path}" for source, path in sorted(self.volumes.items())]
+        words += [f"--mount=type=bind,source={source},target={path},readonly" for source, path in self.guards().items()]
         words += [f"--publish=127.0.0.1:{outside}:{inside}" for outside, inside in sorted(self.ports.items())]
         words += [f"--device={name}" for name in self.devices]
         words += [f"--user={self.user}"] if self.user else []
         words += [f"--memory={self.memory_mib}m"] if self.memory_mib is not None else []
         words += [f"--label={key}={value}" for key, value in sorted(self.labels.items())]
         return [*words, self.image, *self.command]
+
+
+def _below(path: str, folder: str) -> bool:
+    return path.startswith(f"{folder.rstrip('/')}/")
 
 
 def difference(current: str, wanted: ContainerSpec) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ _VM = (
 )
 #: PVE 9 replaced VM.Monitor by VM.GuestAgent.*; neither name is known to the other version.
 _AGENT = {8: "VM.Monitor", 9: "VM.GuestAgent.Audit VM.GuestAgent.FileRead"}
+#: Only for guests with declared backups.
+_BACKUP = "VM.Backup"
 _REST = (
     "Datastore.AllocateSpace Datastore.AllocateTemplate Datastore.Audit Sys.Audit Sys.AccessNetwork "
     "Mapping.Use Mapping.Modify Mapping.Audit SDN.Use"
@@ -31,7 +33,7 @@ _REST = (
 
 def privileges(major: int) -> tuple[str, ...]:
     """The privileges of the role, for PVE 8 or 9."""
-    return tuple(sorted(f"{_VM} {_AGENT[min(max(major, 8), 9)]} {_REST}".split()))
+    return tuple(sorted(f"{_VM} {_BACKUP} {_AGENT[min(max(major, 8), 9)]} {_REST}".split()))
 
 
 def paths(node: Node) -> tuple[str, ...]:
@@ -39,14 +41,18 @@ def paths(node: Node) -> tuple[str, ...]:
     return ("/vms", "/storage", f"/nodes/{node.name}", "/mapping/pci", "/sdn/zones/localnetwork")
 
 
-def missing(granted: Mapping[str, Mapping[str, int]], node: Node, major: int, storages: set[str]) -> list[str]:
+def missing(
+    granted: Mapping[str, Mapping[str, int]], node: Node, major: int, storages: set[str], backups: str | None = None
+) -> list[str]:
     """What a deploy needs and the token has not: lines `privilege on path`.
 
     `granted` is the answer of GET /access/permissions. Lists come empty without a right, so rights are compared,
-    not probed.
+    not probed. `backups`: the storage that the guest's backups go to.
     """
+    if backups is not None:
+        storages = {*storages, backups}
     per_path = {
-        "/vms": f"{_VM} {_AGENT[min(max(major, 8), 9)]}".split(),
+        "/vms": f"{_VM} {_AGENT[min(max(major, 8), 9)]} {_BACKUP if backups is not None else ''}".split(),
         f"/nodes/{node.name}": ["Sys.Audit", "Sys.AccessNetwork"],
         "/mapping/pci": ["Mapping.Use", "Mapping.Modify"],
         "/sdn/zones/localnetwork": ["SDN.Use"],
@@ -59,12 +65,15 @@ def missing(granted: Mapping[str, Mapping[str, int]], node: Node, major: int, st
         f"{privilege} on {path}"
         for path, needed in per_path.items()
         for privilege in needed
-        if not _has(granted, path, privilege)
+        if not has(granted, path, privilege)
     ]
 
 
-def _has(granted: Mapping[str, Mapping[str, int]], path: str, privilege: str) -> bool:
-    """PVE lists each path with what counts there: the deepest one listed decides, 1 reaches the paths below."""
+def has(granted: Mapping[str, Mapping[str, int]], path: str, privilege: str) -> bool:
+    """Does the token hold it there?
+
+    PVE lists each path with what counts there: the deepest one listed decides, 1 reaches the paths below.
+    """
     parts = path.strip("/").split("/")
     levels = ["/" + "/".join(parts[:count]) for count in range(len(parts), 0, -1)] + ["/"]
     for level in levels:

@@ -154,6 +154,11 @@ class Client:
         if self.fingerprint is not None:
             session.mount("https://", _Pinned(self.fingerprint))
 
+    @property
+    def clock_ahead(self) -> float:
+        """Seconds by which the node's clock is ahead of ours, as of the last answer."""
+        return self._clock_ahead
+
     def get(self, *path: str | int, **parameters: Any) -> Any:
         """Read; sent again on 59x, time-outs and broken connections until the retry deadline."""
         return self._read(path, parameters, Patience(self.retry_s))

@@ -19,6 +19,9 @@ OURS = re.compile(r"^(hostpci|net|ipconfig)[0-9]+$")
 NUMA = re.compile(r"^numa[0-9]+$")
 #: Wholly ours, but no token may set them.
 ROOT_OURS = re.compile(r"^(affinity|hugepages)$")
+#: The disks' places in the VM.
+SYSTEM_DISK = "scsi0"
+DATA_DISK = "scsi1"
 #: Where the guest finds the data disk: QEMU names the disk on scsi1 so.
 DATA_DISK_ID = "scsi-0QEMU_QEMU_HARDDISK_drive-scsi1"
 #: Cloud-init vendor data, a file on the node's image storage.
@@ -56,6 +59,7 @@ _BARE_WORD = {
     "memory": "current",
     "netN": "model",
     "numaN": "",
+    "scsiN": "file",
     "startup": "order",
     "vga": "type",
 }
@@ -65,7 +69,12 @@ _OPTION_DEFAULTS = {
     "cpu": {"hidden": "0"},
     "hostpciN": {"driver": "vfio", "legacy-igd": "0", "pcie": "0", "rombar": "1", "x-vga": "0"},
     "netN": {"firewall": "0", "link_down": "0"},
+    "scsiN": {"backup": "1", "cache": "none", "discard": "ignore", "iothread": "0", "ssd": "0"},
 }
+#: What our disks have, each on a controller of its own (`virtio-scsi-single`).
+_DISK_OPTIONS = {"discard": "on", "iothread": "1", "ssd": "1"}
+#: The only one of a disk's options that we declare and a running VM takes.
+_LIVE_OPTIONS = {"backup"}
 _MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
 
@@ -155,8 +164,8 @@ def root_declared(guest: Guest) -> dict[str, str]:
 def volumes(guest: Guest, node: Node) -> dict[str, str]:
     """The disks of a new VM. No pre-enrolled keys: Secure Boot would refuse modules that DKMS built."""
     return {
-        "scsi0": f"{guest.disk_storage}:0,import-from={image_volume(guest, node)},discard=on,iothread=1,ssd=1",
-        "scsi1": f"{guest.disk_storage}:{guest.data_disk.size_gib},discard=on,iothread=1,ssd=1",
+        SYSTEM_DISK: _with_options(f"{guest.disk_storage}:0,import-from={image_volume(guest, node)}", _DISK_OPTIONS),
+        DATA_DISK: _with_options(f"{guest.disk_storage}:{guest.data_disk.size_gib}", _data_disk_options(guest)),
         "efidisk0": f"{guest.disk_storage}:0,efitype=4m,pre-enrolled-keys=0",
         "ide2": f"{guest.disk_storage}:cloudinit",
     }
@@ -181,17 +190,22 @@ class Change:
     root_setting: Mapping[str, str]
     root_deleting: tuple[str, ...]
     growing: Mapping[str, str]
+    #: Disks with other options: the same volume and what else their value holds.
+    disks: Mapping[str, str]
+    #: Those of them whose options a running VM does not take.
+    waiting_disks: tuple[str, ...]
 
     @property
     def keys(self) -> dict[str, str | None]:
         """Each key with its new value, None for one that goes."""
         gone = dict.fromkeys((*self.deleting, *self.root_deleting))
-        return {**self.setting, **self.root_setting, **gone}
+        return {**self.setting, **self.root_setting, **self.disks, **gone}
 
     @property
     def restart(self) -> list[str]:
         """Keys that a running VM does not take."""
-        return sorted(key for key in self.keys if not _LIVE.match(key))
+        keys = {key for key in self.keys if key not in self.disks and not _LIVE.match(key)}
+        return sorted(keys | set(self.waiting_disks))
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.growing)
@@ -205,7 +219,47 @@ def change(current: Mapping[str, Any], guest: Guest, node: Node) -> Change:
     """
     setting, deleting = difference(current, declared(guest, node))
     root_setting, root_deleting = _difference(current, root_declared(guest), ROOT_OURS)
-    return Change(setting, tuple(deleting), root_setting, tuple(root_deleting), growth(current, guest))
+    disks = _disk_options(current, guest)
+    waiting_disks = tuple(disk for disk, value in disks.items() if not _taken_live(str(current[disk]), value))
+    growing = growth(current, guest)
+    return Change(setting, tuple(deleting), root_setting, tuple(root_deleting), growing, disks, waiting_disks)
+
+
+def _data_disk_options(guest: Guest) -> dict[str, str]:
+    return _DISK_OPTIONS if guest.data_disk.backup else {**_DISK_OPTIONS, "backup": "0"}
+
+
+def _disk_options(current: Mapping[str, Any], guest: Guest) -> dict[str, str]:
+    """The disks whose options are not as declared, with the value to send: the volume stays, and so does every option
+    that nobody declares."""
+    changing = {}
+    for key, wanted in ((SYSTEM_DISK, _DISK_OPTIONS), (DATA_DISK, _data_disk_options(guest))):
+        value = str(current.get(key, ""))
+        found = _options(value, "file")
+        if not found.get("file") or found["file"] == "none" or found.get("media") == "cdrom":
+            continue
+        # Part of the backups is what PVE makes every disk; whoever declares none may have taken it out.
+        back = {"backup": "1"} if key == DATA_DISK and guest.backup is not None and guest.data_disk.backup else {}
+        defaults = _OPTION_DEFAULTS["scsiN"]
+        other = {
+            name: text
+            for name, text in {**wanted, **back}.items()
+            if found.get(name, defaults[name]) != _options(f"{name}={text}", "")[name]
+        }
+        if other:
+            parts = [part for part in value.split(",") if part.partition("=")[0] not in other]
+            changing[key] = _with_options(",".join(parts), {k: v for k, v in other.items() if k not in back})
+    return changing
+
+
+def _with_options(value: str, options: Mapping[str, str]) -> str:
+    return ",".join([value, *(f"{name}={text}" for name, text in options.items())])
+
+
+def _taken_live(found: str, wanted: str) -> bool:
+    """Does a running VM take this change of a disk's options at once?"""
+    before, after = _meaning("scsiN", found), _meaning("scsiN", wanted)
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= _LIVE_OPTIONS
 
 
 def difference(current: Mapping[str, Any], wanted: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -315,6 +369,23 @@ def waiting(items: Iterable[Mapping[str, Any]]) -> list[str]:
         if gone or changed:
             keys.append(key)
     return sorted(keys)
+
+
+def own_disks_waiting(items: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of the pending values those of our disks that keep their volume: options, which we declare."""
+    return sorted(
+        str(item["key"])
+        for item in items
+        if item["key"] in (SYSTEM_DISK, DATA_DISK)
+        and "pending" in item
+        and volume(str(item.get("value", ""))) == volume(str(item["pending"]))
+        and not _same(str(item["key"]), item.get("value"), str(item["pending"]))
+    )
+
+
+def volume(disk: str) -> str:
+    """The volume id of a disk's value."""
+    return _options(disk, "file").get("file", "")
 
 
 def is_declared(key: str, guest: Guest, node: Node) -> bool:

@@ -7,7 +7,6 @@ that follows a killed one goes on where that one was.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -19,15 +18,13 @@ from typing import Any
 
 from pyinfra import context, logger
 from pyinfra.api import Host
-from pyinfra.api.state import StateStage
 
-import inventory
 from inventory import GpulabError, Guest, Node
 from operations import step
 from operations.proxmox import config as declared
-from operations.proxmox import host_keys, order, vm
-from operations.proxmox.client import ApiError, Client, TaskFailed
-from operations.proxmox.order import Order, WayBack, busy
+from operations.proxmox import host_keys, machine, order, vm
+from operations.proxmox.client import Client
+from operations.proxmox.order import Order, WayBack
 from operations.proxmox.swap import (
     ADOPTED,
     SYSTEM,
@@ -37,10 +34,10 @@ from operations.proxmox.swap import (
     Subject,
     changed_identity,
     data_disks,
-    described,
     drives,
     first_mark,
     going_back,
+    holder,
     identity,
     leftovers,
     marker,
@@ -52,59 +49,12 @@ from operations.proxmox.swap import (
     unused,
     without_old,
 )
-from operations.proxmox.vm import VmState
+from operations.proxmox.vm_state import VmState
 
-#: Seconds that a guest gets to shut down before it is switched off, and for an import on a slow disk.
-SHUTDOWN_S, IMPORT_S = 180, 1800.0
 #: Seconds for verify; its benchmarks take two minutes.
 VERIFY_S = 1800.0
-#: How often a configuration that somebody else has just changed is read again.
-TRIES = 5
 DAY_S = 86400
 ROOT = Path(__file__).parents[2]
-
-
-# Reading.
-
-
-def _here() -> tuple[Host, Guest, Node, Client, Order]:
-    host: Host = context.ctx_host.get()
-    lab = inventory.of_run(context.ctx_state.get())
-    guest = lab.guests[host.name]
-    node = lab.node_of(guest)
-    return host, guest, node, Client(node, host=host), order.current()
-
-
-def _executing() -> bool:
-    return context.state.current_stage >= StateStage.Execute
-
-
-def _where(client: Client, guest: Guest, *rest: str) -> tuple[str | int, ...]:
-    return ("nodes", client.node.name, "qemu", guest.vmid, *rest)
-
-
-def _found(client: Client, guest: Guest) -> VmState | None:
-    """The VM, or None when there is none.
-
-    Raises:
-        GpulabError: it does not carry our tag: nothing of it is touched.
-    """
-    found = vm.read_state(client, guest.vmid)
-    # A creation that was cut off holds nothing yet; the deploy says what to do with it.
-    if found is not None and not declared.is_ours(found.config) and found.lock != "create":
-        raise GpulabError(
-            f"{guest.name}: vmid = {guest.vmid}: {client.node.name} has a VM of that id that is not ours",
-            f"Its name is {found.config.get('name', '(none)')!r}; it lacks the tag {declared.TAG!r}.",
-            "choose another vmid in the inventory",
-        )
-    return found
-
-
-def _there(client: Client, guest: Guest) -> VmState:
-    found = _found(client, guest)
-    if found is None:
-        raise GpulabError(f"{guest.name}: VM {guest.vmid} on {client.node.name} has gone while it was rebuilt")
-    return found
 
 
 def _offer_way_back(guest: Guest, asked: Order, found: VmState) -> None:
@@ -116,91 +66,6 @@ def _offer_way_back(guest: Guest, asked: Order, found: VmState) -> None:
         context.ctx_state.get().add_callback_handler(asked.way_back)
 
 
-def _sizes(client: Client, guest: Guest, config: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each volume that its storage lists as this VM's."""
-    volids = [*drives(config).values(), *unused(config).values()]
-    sizes = {}
-    for storage in sorted({guest.disk_storage, *(volid.partition(":")[0] for volid in volids)}):
-        content = ("nodes", client.node.name, "storage", storage, "content")
-        for item in client.get(*content, content="images", vmid=guest.vmid):
-            sizes[str(item["volid"])] = int(item["size"])
-    return sizes
-
-
-def _subject(client: Client, guest: Guest, node: Node, found: VmState) -> Subject:
-    items = client.get(*_where(client, guest, "pending"))
-    images = client.get("nodes", node.name, "storage", node.image_storage, "content", content="import")
-    return Subject(
-        vm=found,
-        pending=tuple(sorted(str(item["key"]) for item in items if "pending" in item or item.get("delete"))),
-        snapshots=tuple(
-            str(item["name"]) for item in client.get(*_where(client, guest, "snapshot")) if item["name"] != "current"
-        ),
-        sizes=_sizes(client, guest, found.config),
-        free=int(client.get("nodes", node.name, "storage", guest.disk_storage, "status")["avail"]),
-        image=declared.image_volume(guest, node) in [item["volid"] for item in images],
-    )
-
-
-# Changing.
-
-
-def _change(client: Client, guest: Guest, decide: Callable[[VmState], Mapping[str, Any] | None]) -> VmState:
-    """Write to the configuration what `decide` says of its newest state, until it says None.
-
-    The digest goes with every write; a refused one, and one whose answer was lost, is decided anew.
-    """
-    for _ in range(TRIES):
-        found = _there(client, guest)
-        wanted = decide(found)
-        if wanted is None:
-            return found
-        try:
-            client.change("PUT", *_where(client, guest, "config"), **wanted, digest=found.config["digest"])
-        except ApiError as error:
-            if not _outdated(error):
-                raise
-    found = _there(client, guest)
-    if decide(found) is None:
-        return found
-    raise GpulabError(
-        f"{guest.name}: the configuration of VM {guest.vmid} changes faster than it can be written",
-        resolution="see in the node's task list who works on it, then run again",
-    )
-
-
-def _outdated(error: ApiError) -> bool:
-    """Did somebody else (or this very request, when its answer was lost) change the file in between?"""
-    return "checksum mismatch" in error.message or "detected modified configuration" in error.message
-
-
-def _mine(found: VmState, guest: Guest, run: str) -> Marker:
-    """The marker, when this run wrote it.
-
-    Raises:
-        GpulabError: another run took over, or somebody removed our line.
-    """
-    mark = marker(found.config)
-    if mark is None or mark.run != run:
-        who = f"the run {mark.run} has taken over" if mark else "somebody removed gpulab's line of its description"
-        raise GpulabError(f"{guest.name}: VM {guest.vmid} is no longer this run's: {who}", "Nothing more was done.")
-    return mark
-
-
-def _write_mark(client: Client, guest: Guest, wanted: Callable[[VmState], Marker | None], **also: Any) -> VmState:
-    """Write the marker, and the keys of `also` in the same call."""
-
-    def decide(found: VmState) -> Mapping[str, Any] | None:
-        text = described(found.config, wanted(found))
-        keys = {key: value for key, value in also.items() if str(found.config.get(key, "")) != str(value)}
-        # PVE cuts white space at the end.
-        if text.rstrip() == str(found.config.get("description", "")).rstrip() and not keys:
-            return None
-        return {"description": text, **keys}
-
-    return _change(client, guest, decide)
-
-
 def _free(client: Client, guest: Guest, volid: str, run: str, allowed: Callable[[VmState], bool]) -> None:
     """Free one volume. Protection is lifted around it, and is back whatever happens.
 
@@ -208,7 +73,7 @@ def _free(client: Client, guest: Guest, volid: str, run: str, allowed: Callable[
     """
 
     def wanted(found: VmState) -> Mapping[str, Any] | None:
-        _mine(found, guest, run)
+        machine.mine(found, guest, run)
         if not allowed(found):
             return None
         key = next((key for key, known in unused(found.config).items() if known == volid), None)
@@ -216,49 +81,15 @@ def _free(client: Client, guest: Guest, volid: str, run: str, allowed: Callable[
             key = ADOPTED
         if key is not None:
             return {"delete": key}
-        return {ADOPTED: volid} if volid in _sizes(client, guest, found.config) else None
+        return {ADOPTED: volid} if volid in machine.sizes(client, guest, found.config) else None
 
-    def protect(value: int) -> None:
-        # A write of its own, so that a lost answer can be sent again.
-        _change(
-            client,
-            guest,
-            lambda found: None if str(found.config.get("protection", 0)) == str(value) else {"protection": value},
-        )
-
-    if wanted(_there(client, guest)) is None:
+    if wanted(machine.there(client, guest)) is None:
         return
     try:
-        protect(0)
-        _change(client, guest, wanted)
+        machine.protect(client, guest, 0)
+        machine.change(client, guest, wanted)
     finally:
-        protect(1)
-
-
-def _check_others(
-    client: Client, guest: Guest, node: Node, asked: Order, mark: Marker | None
-) -> list[Mapping[str, Any]]:
-    """The tasks of a dead run of ours that have to end first.
-
-    Before a run has written its marker, only the token tells that a task is ours: a shutdown goes on when the run
-    that asked for it is killed. Should that run be alive on another machine, its marker stops this one (`_mark`).
-
-    Raises:
-        GpulabError: the VM is somebody else's right now.
-    """
-    host = mark.run.rpartition("@")[2].partition(":")[0] if mark and mark.old else ""
-    if host and host != socket.gethostname() and not asked.take_over:
-        raise busy(
-            guest,
-            f"the run {mark.run if mark else ''}, as its description says",
-            f"ask on {host}; when that run is dead, --data take_over=1 goes on in its place",
-        )
-    tasks = vm.at_work(client, guest, node)
-    theirs = [task for task in tasks if vm.who(task) != vm.own_token(node)]
-    if theirs and not host:
-        raise busy(guest, f"task {vm.described(theirs[0])}")
-    asked.began = mark.run if mark else ""
-    return tasks
+        machine.protect(client, guest, 1)
 
 
 # The steps of rebuild.py.
@@ -271,21 +102,22 @@ def preflight() -> step.Commands:
 
     Takes the lock that keeps a second run away. Changes nothing.
     """
-    _, guest, node, client, asked = _here()
-    found = _found(client, guest)
-    if _executing():
+    _, guest, node, client, asked = machine.here()
+    found = machine.found(client, guest)
+    if machine.executing():
         order.lock(context.ctx_state.get(), guest, asked.run)
-    if found is None or found.lock == "create":
+    if found is None or found.lock in vm.CUT_OFF:
         step.noop(f"there is no VM {guest.vmid}: it will be created")
         return
     mark = marker(found.config)
-    if tasks := _check_others(client, guest, node, asked, mark):
+    asked.began = mark.run if mark else ""
+    if tasks := machine.check_others(client, guest, node, asked, holder(mark)):
         step.changes(f"wait for {', '.join(str(item['type']) for item in tasks)} of a killed run")
-        yield step.call(_await_tasks, client, [str(item["upid"]) for item in tasks])
-        if _executing():
-            found = _there(client, guest)
-    subject = _subject(client, guest, node, found)
-    if not _executing():
+        yield step.call(machine.await_tasks, client, [str(item["upid"]) for item in tasks])
+        if machine.executing():
+            found = machine.there(client, guest)
+    subject = machine.subject(client, guest, node, found)
+    if not machine.executing():
         # It is downloaded before anything is stopped.
         subject = replace(subject, image=True)
     _refuse_kept(guest, asked, subject)
@@ -340,71 +172,31 @@ def _plan(subject: Subject, guest: Guest, node: Node, asked: Order) -> tuple[str
     return subject_line, (*lines, *data, "deploy, as listed below", *last)
 
 
-def _await_tasks(client: Client, upids: list[str]) -> None:
-    for upid in upids:
-        try:
-            client.wait(upid, IMPORT_S)
-        except TaskFailed as error:
-            # How it ended is seen in the VM itself.
-            logger.info(error.brief)
-
-
 def _next(client: Client, guest: Guest, asked: Order, found: VmState | None) -> Next:
     """Where this run stands. A creation that was cut off counts as no VM: the deploy says what to do with it."""
-    if found is None or found.lock == "create":
+    if found is None or found.lock in vm.CUT_OFF:
         return Next.CREATE
     waste: list[str] = []
     if stage(found.config) is Stage.BEFORE and found.status != "running":
-        waste = leftovers(found.config, _sizes(client, guest, found.config), guest.disk_storage, guest.vmid)
+        waste = leftovers(found.config, machine.sizes(client, guest, found.config), guest.disk_storage, guest.vmid)
     return next_step(found.config, found.status == "running", asked.run, waste, asked.rollback)
 
 
 @step.step
 def stopped() -> step.Commands:
     """Shut the VM down; a guest that takes more than three minutes is switched off. Not one with the new system."""
-    _, guest, _, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.STOP:
+    _, guest, _, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.STOP:
         step.noop(f"{guest.name} does not have to be stopped")
         return
-    yield step.call(_stop, client, guest)
-
-
-def _stop(client: Client, guest: Guest) -> None:
-    status = _where(client, guest, "status")
-    try:
-        client.run_task(
-            "POST",
-            *status,
-            "shutdown",
-            task="qmshutdown",
-            deadline_s=SHUTDOWN_S + 120,
-            forceStop=1,
-            timeout=SHUTDOWN_S,
-        )
-    except GpulabError:
-        if client.get(*status, "current")["status"] == "running":
-            raise
-    _require_stopped(client, guest)
-
-
-def _require_stopped(client: Client, guest: Guest) -> None:
-    """With another volume on scsi0, PVE would try to unplug the system disk of a running VM.
-
-    Raises:
-        GpulabError: the VM runs.
-    """
-    if client.get(*_where(client, guest, "status", "current"))["status"] == "running":
-        raise GpulabError(
-            f"{guest.name}: VM {guest.vmid} runs; its system disk is only replaced while it is stopped",
-            resolution="see who started it, then run again",
-        )
+    yield step.call(machine.stop, client, guest)
 
 
 @step.step
 def marked() -> step.Commands:
     """Note in the VM's description, alone in its call, which volume is the old one and which run is at work."""
-    _, guest, _, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.MARK:
+    _, guest, _, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.MARK:
         step.noop(f"VM {guest.vmid} is marked as this run's")
         return
     yield step.call(_mark, client, guest, asked)
@@ -414,38 +206,38 @@ def _mark(client: Client, guest: Guest, asked: Order) -> None:
     def wanted(found: VmState) -> Marker:
         mark = marker(found.config)
         if mark is not None and mark.run not in (asked.run, asked.began):
-            _mine(found, guest, asked.run)
-        sizes = _sizes(client, guest, found.config)
+            machine.mine(found, guest, asked.run)
+        sizes = machine.sizes(client, guest, found.config)
         if mark is None or stage(found.config, sizes) is Stage.IDLE:
             return first_mark(Subject(found, sizes=sizes), guest, asked.run)
         mark = taken_over(mark, found.config, asked.run)
         return going_back(mark, found.config, sizes) if asked.rollback else mark
 
-    _write_mark(client, guest, wanted)
+    machine.write_mark(client, guest, wanted)
 
 
 @step.step
 def leftovers_removed() -> step.Commands:
     """Free what a cut-off or rolled back rebuild left: noted waste, and the orphan of a killed import."""
-    _, guest, _, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.CLEAN:
+    _, guest, _, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.CLEAN:
         step.noop("no earlier rebuild left anything")
         return
     yield step.call(_clean, client, guest, asked)
 
 
 def _clean(client: Client, guest: Guest, asked: Order) -> None:
-    found = _there(client, guest)
-    mark = _mine(found, guest, asked.run)
-    _require_stopped(client, guest)
-    sizes = _sizes(client, guest, found.config)
+    found = machine.there(client, guest)
+    mark = machine.mine(found, guest, asked.run)
+    machine.require_stopped(client, guest)
+    sizes = machine.sizes(client, guest, found.config)
     waste = leftovers(found.config, sizes, guest.disk_storage, guest.vmid)
     # Noted first: an orphan that is attached, to be freed, must not be taken for a data disk after a crash.
     noted = replace(mark, waste=tuple(f"{volid}@{sizes[volid]}" for volid in waste))
-    _write_mark(client, guest, lambda _: noted)
+    machine.write_mark(client, guest, lambda _: noted)
     for volid in waste:
         _free(client, guest, volid, asked.run, partial(_is_waste, volid, sizes, guest))
-    _write_mark(client, guest, lambda _: replace(noted, waste=()))
+    machine.write_mark(client, guest, lambda _: replace(noted, waste=()))
 
 
 def _is_waste(volid: str, sizes: Mapping[str, int], guest: Guest, found: VmState) -> bool:
@@ -455,33 +247,30 @@ def _is_waste(volid: str, sizes: Mapping[str, int], guest: Guest, found: VmState
 @step.step
 def swapped() -> step.Commands:
     """Import the image over `scsi0`, alone in its call and only while the VM is stopped; PVE keeps the old disk."""
-    _, guest, node, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.IMPORT:
+    _, guest, node, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.IMPORT:
         step.noop(f"VM {guest.vmid} has its new system disk")
         return
     yield step.call(_swap, client, guest, node, asked)
 
 
 def _swap(client: Client, guest: Guest, node: Node, asked: Order) -> None:
-    for _ in range(TRIES):
-        found = _there(client, guest)
-        mark = _mine(found, guest, asked.run)
+    for _ in range(machine.TRIES):
+        found = machine.there(client, guest)
+        mark = machine.mine(found, guest, asked.run)
         if stage(found.config) is not Stage.BEFORE:
             break
-        _require_stopped(client, guest)
-        try:
+        machine.require_stopped(client, guest)
+        with machine.unless_outdated():
             client.run_task(
                 "POST",
-                *_where(client, guest, "config"),
+                *machine.where(client, guest, "config"),
                 task="qmconfig",
-                deadline_s=IMPORT_S,
+                deadline_s=machine.DISK_S,
                 **{SYSTEM: new_disk(found.config, guest, node)},
                 digest=found.config["digest"],
             )
-        except ApiError as error:
-            if not _outdated(error):
-                raise
-    after = _there(client, guest)
+    after = machine.there(client, guest)
     _offer_way_back(guest, asked, after)
     if stage(after.config) is not Stage.SWAPPED or mark.old not in unused(after.config).values():
         raise GpulabError(f"{guest.name}: after the import VM {guest.vmid} is not swapped: {stage(after.config).value}")
@@ -500,27 +289,24 @@ def _check_identity(config: Mapping[str, Any], guest: Guest) -> None:
 @step.step
 def prepared() -> step.Commands:
     """Give the new disk its size and have PVE write cloud-init's drive anew, while the VM is still stopped."""
-    _, guest, _, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.PREPARE:
+    _, guest, _, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.PREPARE:
         step.noop(f"{guest.name} has its new system")
         return
     yield step.call(_prepare, client, guest, asked)
 
 
 def _prepare(client: Client, guest: Guest, asked: Order) -> None:
-    _offer_way_back(guest, asked, _there(client, guest))
-    for _ in range(TRIES):
-        found = _there(client, guest)
+    _offer_way_back(guest, asked, machine.there(client, guest))
+    for _ in range(machine.TRIES):
+        found = machine.there(client, guest)
         size = declared.growth(found.config, guest).get(SYSTEM)
         if size is None:
             break
         resize = {"disk": SYSTEM, "size": size, "digest": found.config["digest"]}
-        try:
-            client.run_task("PUT", *_where(client, guest, "resize"), task="resize", deadline_s=300, **resize)
-        except ApiError as error:
-            if not _outdated(error):
-                raise
-    client.change("PUT", *_where(client, guest, "cloudinit"))
+        with machine.unless_outdated():
+            client.run_task("PUT", *machine.where(client, guest, "resize"), task="resize", deadline_s=300, **resize)
+    client.change("PUT", *machine.where(client, guest, "cloudinit"))
 
 
 @step.step
@@ -530,9 +316,9 @@ def connection_opened() -> step.Commands:
 
     The key of the system that boots now is read through the guest agent.
     """
-    host, guest, _, client, asked = _here()
-    found = _found(client, guest)
-    if not _executing():
+    host, guest, _, client, asked = machine.here()
+    found = machine.found(client, guest)
+    if not machine.executing():
         return
     if _next(client, guest, asked, found) not in (Next.CREATE, Next.DEPLOY, Next.PREPARE, Next.START):
         raise GpulabError(f"{guest.name}: VM {guest.vmid} still has the system that was to be replaced")
@@ -550,9 +336,9 @@ def _open(host: Host, guest: Guest, asked: Order, found: VmState | None) -> None
 @step.step
 def verified() -> step.Commands:
     """Run `pytest verify` for this guest; a status other than 0 fails the host, so that the old disk stays."""
-    _, guest, _, client, asked = _here()
-    found = _found(client, guest)
-    if not _executing():
+    _, guest, _, client, asked = machine.here()
+    found = machine.found(client, guest)
+    if not machine.executing():
         return
     yield step.call(_verify, client, guest, asked, found is not None and marker(found.config) is not None)
 
@@ -590,7 +376,7 @@ def _verify(client: Client, guest: Guest, asked: Order, rebuilding: bool) -> Non
         )
     if rebuilding:
         now = int(time.time())
-        _write_mark(client, guest, lambda found: _passed(_mine(found, guest, asked.run), now))
+        machine.write_mark(client, guest, lambda found: _passed(machine.mine(found, guest, asked.run), now))
 
 
 def _passed(mark: Marker, now: int) -> Marker:
@@ -604,18 +390,18 @@ def old_disk_deleted() -> step.Commands:
 
     Only after a passed verify, only an idle volume of the size noted, only while the VM is the one that it was.
     """
-    _, guest, _, client, asked = _here()
-    found = _found(client, guest)
-    if found is None or marker(found.config) is None or not _executing():
+    _, guest, _, client, asked = machine.here()
+    found = machine.found(client, guest)
+    if found is None or marker(found.config) is None or not machine.executing():
         step.noop("no old system disk is there")
         return
     yield step.call(_finish, client, guest, asked)
 
 
 def _finish(client: Client, guest: Guest, asked: Order) -> None:
-    found = _there(client, guest)
-    mark = _mine(found, guest, asked.run)
-    sizes = _sizes(client, guest, found.config)
+    found = machine.there(client, guest)
+    mark = machine.mine(found, guest, asked.run)
+    sizes = machine.sizes(client, guest, found.config)
     now = stage(found.config, sizes)
     if now not in (Stage.VERIFIED, Stage.DELETED):
         raise GpulabError(f"{guest.name}: the old system disk {mark.old} stays: the rebuild is {now.value}")
@@ -624,7 +410,7 @@ def _finish(client: Client, guest: Guest, asked: Order) -> None:
     until = mark.verified + (asked.keep_old or 0) * DAY_S
     if now is Stage.VERIFIED and until > time.time():
         kept = replace(mark, until=until)
-        _write_mark(client, guest, lambda _: kept, protection=1)
+        machine.write_mark(client, guest, lambda _: kept, protection=1)
         logger.info(f"{guest.name}: the old system disk {mark.old} is kept until {_day(until)}")
         return
     if now is Stage.VERIFIED:
@@ -635,7 +421,7 @@ def _finish(client: Client, guest: Guest, asked: Order) -> None:
             asked.way_back.old = ""
         _free(client, guest, mark.old, asked.run, idle)
     rest = without_old(mark)
-    _write_mark(client, guest, lambda _: rest, protection=1)
+    machine.write_mark(client, guest, lambda _: rest, protection=1)
 
 
 # The way back.
@@ -644,18 +430,19 @@ def _finish(client: Client, guest: Guest, asked: Order) -> None:
 @step.step
 def rollback_preflight() -> step.Commands:
     """Refuse to go back where there is nothing to go back to. Takes the lock; changes nothing."""
-    _, guest, node, client, asked = _here()
-    found = _found(client, guest)
-    if _executing():
+    _, guest, node, client, asked = machine.here()
+    found = machine.found(client, guest)
+    if machine.executing():
         order.lock(context.ctx_state.get(), guest, asked.run)
     mark = marker(found.config) if found else None
-    sizes = _sizes(client, guest, found.config) if found else {}
+    sizes = machine.sizes(client, guest, found.config) if found else {}
     if found is None or mark is None or stage(found.config, sizes) in (Stage.IDLE, Stage.DELETED):
         raise GpulabError(
             f"{guest.name}: there is no old system disk to go back to",
             f"VM {guest.vmid} on {node.name} is not in the middle of a rebuild. Nothing was done.",
         )
-    tasks = _check_others(client, guest, node, asked, mark)
+    asked.began = mark.run
+    tasks = machine.check_others(client, guest, node, asked, holder(mark))
     if found.lock:
         raise GpulabError(f"{guest.name}: VM {guest.vmid} on {node.name} is locked ({found.lock})")
     new = drives(found.config).get(SYSTEM, "none")
@@ -665,32 +452,32 @@ def rollback_preflight() -> step.Commands:
     )
     step.reboots("the system disk is replaced")
     if tasks:
-        yield step.call(_await_tasks, client, [str(item["upid"]) for item in tasks])
+        yield step.call(machine.await_tasks, client, [str(item["upid"]) for item in tasks])
 
 
 @step.step
 def old_disk_back() -> step.Commands:
     """Put the old volume back on `scsi0`, only while the VM is stopped; PVE keeps the new disk."""
-    _, guest, _, client, asked = _here()
-    if _next(client, guest, asked, _found(client, guest)) is not Next.PUT_BACK:
+    _, guest, _, client, asked = machine.here()
+    if _next(client, guest, asked, machine.found(client, guest)) is not Next.PUT_BACK:
         step.noop(f"VM {guest.vmid} has its old system disk")
         return
     yield step.call(_put_back, client, guest, asked)
 
 
 def _put_back(client: Client, guest: Guest, asked: Order) -> None:
-    _require_stopped(client, guest)
+    machine.require_stopped(client, guest)
 
     def decide(found: VmState) -> Mapping[str, Any] | None:
-        mark = _mine(found, guest, asked.run)
+        mark = machine.mine(found, guest, asked.run)
         if stage(found.config) is Stage.BEFORE:
             return None
         if mark.old not in unused(found.config).values():
             raise GpulabError(f"{guest.name}: the old system disk {mark.old} is no longer there")
         return {SYSTEM: ",".join(filter(None, [mark.old, mark.options]))}
 
-    before = identity(_there(client, guest).config)
-    after = identity(_change(client, guest, decide).config)
+    before = identity(machine.there(client, guest).config)
+    after = identity(machine.change(client, guest, decide).config)
     if before != after:
         raise GpulabError(f"{guest.name}: VM {guest.vmid} has changed while its disk was put back: {before} -> {after}")
 
@@ -698,20 +485,20 @@ def _put_back(client: Client, guest: Guest, asked: Order) -> None:
 @step.step
 def rollback_finished() -> step.Commands:
     """Forget the rebuild, once the old system answers; the new disk is noted, for the next rebuild to remove."""
-    _, guest, _, client, _ = _here()
-    found = _found(client, guest)
-    if not _executing() or found is None:
+    _, guest, _, client, _ = machine.here()
+    found = machine.found(client, guest)
+    if not machine.executing() or found is None:
         return
     yield step.call(_forget, client, guest)
 
 
 def _forget(client: Client, guest: Guest) -> None:
-    found = _there(client, guest)
+    found = machine.there(client, guest)
     mark = marker(found.config)
     if mark is None:
         return
     # The orphan of a killed import, which only this marker tells from volumes that were there before.
-    sizes = _sizes(client, guest, found.config)
+    sizes = machine.sizes(client, guest, found.config)
     waste = leftovers(found.config, sizes, guest.disk_storage, guest.vmid)
     rest = without_old(mark, [f"{volid}@{sizes[volid]}" for volid in waste])
-    _write_mark(client, guest, lambda _: rest, protection=1)
+    machine.write_mark(client, guest, lambda _: rest, protection=1)

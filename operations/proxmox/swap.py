@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from inventory import Guest, Node
 from operations.proxmox import config as declared
-from operations.proxmox.vm import VmState
+from operations.proxmox.vm_state import VmState
 
 #: The drive with the system disk, and the one that an orphan is attached to, since only a drive's volume can be freed.
 SYSTEM, ADOPTED = "scsi0", "scsi30"
@@ -69,26 +69,38 @@ class Marker:
     #: Seconds since the epoch: when verify passed, and until when the old disk stays.
     verified: int = 0
     until: int = 0
+    #: `destroy=1`: the keeper VM's id, the backup that was taken, and, once the VM is made anew, when (as above).
+    keeper: int = 0
+    archive: str = ""
+    made: int = 0
 
     def line(self) -> str:
-        words = [WORD]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            if value:
-                words.append(f"{item.name}={text}")
-        return " ".join(words)
+        return written(WORD, self)
 
 
-def marker(config: Mapping[str, Any]) -> Marker | None:
-    """Our line of a VM's description; None when there is none."""
+Line = TypeVar("Line")
+
+
+def written(word: str, values: Any) -> str:
+    """A line of a description: `word` and each field that says something."""
+    words = [word]
+    for item in fields(values):
+        value = getattr(values, item.name)
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        if value:
+            words.append(f"{item.name}={text}")
+    return " ".join(words)
+
+
+def read_line(kind: type[Line], word: str, config: Mapping[str, Any]) -> Line | None:
+    """What `written()` wrote into a description; None when no line begins with `word`."""
     for line in str(config.get("description", "")).splitlines():
-        word, _, rest = line.strip().partition(" ")
-        if word != WORD:
+        first, _, rest = line.strip().partition(" ")
+        if first != word:
             continue
         texts = dict(pair.partition("=")[::2] for pair in rest.split())
         values: dict[str, Any] = {}
-        for item in fields(Marker):
+        for item in fields(kind):  # type: ignore[arg-type]
             text = texts.get(item.name, "")
             if isinstance(item.default, tuple):
                 values[item.name] = tuple(filter(None, text.split(",")))
@@ -96,15 +108,30 @@ def marker(config: Mapping[str, Any]) -> Marker | None:
                 values[item.name] = int(text) if text.isdigit() else 0
             else:
                 values[item.name] = text
-        return Marker(**values)
+        return kind(**values)
     return None
 
 
+def marker(config: Mapping[str, Any]) -> Marker | None:
+    """Our line of a VM's description; None when there is none."""
+    return read_line(Marker, WORD, config)
+
+
+def holder(mark: Marker | None) -> str:
+    """The run in whose middle the VM is; empty when none has begun."""
+    return mark.run if mark is not None and (mark.old or mark.keeper) else ""
+
+
 def described(config: Mapping[str, Any], mark: Marker | None) -> str:
-    """The VM's description with our line, or without it; all other lines stay as they are."""
+    """The VM's description with our line, or without it."""
+    return with_line(config, WORD, mark.line() if mark else None)
+
+
+def with_line(config: Mapping[str, Any], word: str, line: str | None) -> str:
+    """The description with this line in place of the one that begins with `word`; all others stay as they are."""
     lines = str(config.get("description", "")).splitlines()
-    others = [line for line in lines if line.strip().partition(" ")[0] != WORD]
-    return "\n".join([*others, mark.line()] if mark else others)
+    others = [known for known in lines if known.strip().partition(" ")[0] != word]
+    return "\n".join([*others, line] if line else others)
 
 
 def volume(value: object) -> str:
@@ -141,12 +168,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, str]:
     }
     return {
         "uuid": uuid[1].lower() if uuid else "",
-        "mac": _pairs(macs),
-        "data": _pairs(data_disks(config)),
+        "mac": pairs(macs),
+        "data": pairs(data_disks(config)),
     }
 
 
-def _pairs(mapping: Mapping[str, str]) -> str:
+def pairs(mapping: Mapping[str, str]) -> str:
+    """A mapping in one field of our line."""
     return ",".join(f"{key}={value}" for key, value in mapping.items())
 
 
@@ -189,7 +217,7 @@ def leftovers(config: Mapping[str, Any], sizes: Mapping[str, int], storage: str,
             noted.append(volid)
     found = [*noted, *(orphans(config, sizes, storage, vmid) if mark.old else [])]
     safe = {drives(config).get(SYSTEM), mark.old, *data_disks(config).values(), *mark.kept}
-    safe |= set(_mapping(mark.data).values())
+    safe |= set(mapping(mark.data).values())
     return [volid for volid in dict.fromkeys(found) if volid not in safe]
 
 
@@ -255,13 +283,7 @@ def problems(subject: Subject, guest: Guest, node: Node) -> list[str]:
         found.append(f"it has no system disk on {SYSTEM}")
     if subject.stage in (Stage.SWAPPED, Stage.VERIFIED):
         return found + changed_identity(config)
-    if subject.pending:
-        found.append(f"it has pending changes ({', '.join(subject.pending)}); restart it or revert them first")
-    if subject.snapshots:
-        found.append(f"it has snapshots ({', '.join(subject.snapshots)}); delete them first")
-    if not subject.image:
-        found.append(f"the image {declared.image_volume(guest, node)} is not on the node")
-    found += _unclear_disks(config, subject.sizes)
+    found += unready(subject, guest, node)
     # What an earlier rebuild left is freed before the import.
     waste = leftovers(config, subject.sizes, guest.disk_storage, guest.vmid)
     free = subject.free + sum(subject.sizes[volid] for volid in waste)
@@ -271,6 +293,18 @@ def problems(subject: Subject, guest: Guest, node: Node) -> list[str]:
             f"a second system disk needs {guest.system_disk_gib} GiB"
         )
     return found
+
+
+def unready(subject: Subject, guest: Guest, node: Node) -> list[str]:
+    """What keeps any rebuild from beginning."""
+    found = []
+    if subject.pending:
+        found.append(f"it has pending changes ({', '.join(subject.pending)}); restart it or revert them first")
+    if subject.snapshots:
+        found.append(f"it has snapshots ({', '.join(subject.snapshots)}); delete them first")
+    if not subject.image:
+        found.append(f"the image {declared.image_volume(guest, node)} is not on the node")
+    return found + _unclear_disks(subject.config, subject.sizes)
 
 
 def _unclear_disks(config: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
@@ -304,22 +338,22 @@ def changed_identity(config: Mapping[str, Any]) -> list[str]:
         return []
     now = identity(config)
     found = [] if mark.uuid == now["uuid"] else [f"its SMBIOS UUID was {mark.uuid}, it is {now['uuid'] or 'gone'}"]
-    cards, disks = _mapping(now["mac"]), _mapping(now["data"])
+    cards, disks = mapping(now["mac"]), mapping(now["data"])
     found += [
         f"the MAC address of {key} was {mac}, it is {cards[key]}"
-        for key, mac in _mapping(mark.mac).items()
+        for key, mac in mapping(mark.mac).items()
         if cards.get(key, mac) != mac
     ]
     found += [
         f"the data disk on {key} was {volid}, it is {disks.get(key, 'gone')}"
-        for key, volid in _mapping(mark.data).items()
+        for key, volid in mapping(mark.data).items()
         if disks.get(key) != volid
     ]
     return found
 
 
-def _mapping(text: str) -> dict[str, str]:
-    """What `_pairs()` wrote."""
+def mapping(text: str) -> dict[str, str]:
+    """What `pairs()` wrote."""
     return dict(pair.partition("=")[::2] for pair in text.split(",") if pair)
 
 

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyinfra import context
-from pyinfra.api import Host, QuoteString, State, StringCommand
+from pyinfra import context, logger
+from pyinfra.api import Host, State, StringCommand
 
 import inventory
 from inventory import GpulabError, Guest, Node
@@ -20,9 +21,12 @@ from inventory.secrets import Secrets
 from operations import step
 from operations.facts import JsonFact
 from operations.plan import key_diff
-from operations.proxmox import access, config, host_keys
-from operations.proxmox.client import ApiError, Client
+from operations.proxmox import access, config, held, host_keys, order
+from operations.proxmox.client import Client
 from operations.proxmox.config import is_ours
+from operations.proxmox.errors import DigestMismatch, NotFound, TaskFailed, kind_of
+from operations.proxmox.node_shell import NodeShell
+from operations.proxmox.vm_state import VmState
 
 __all__ = ["VmState", "create_or_update", "image", "is_ours", "pin_host_keys", "preflight", "read_state", "started"]
 
@@ -36,21 +40,13 @@ START_S = 900.0
 BUSY_S = 60.0
 #: How often a configuration that somebody else has just changed is read again.
 TRIES = 3
+#: Locks of a VM that is no more than what a killed task left, and the task that leaves it.
+CUT_OFF = {"create": "qmcreate", "destroyed": "qmdestroy"}
 #: Tasks that change nothing: somebody looks at the VM's screen.
 _CONSOLES = ("vncproxy", "vncshell", "termproxy", "spiceproxy", "spiceshell")
 
-#: What several guests share (an image on a storage, a node's SSH connection) is handled one at a time.
+#: What several guests share (an image on a storage) is handled one at a time.
 _one_at_a_time: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
-
-
-@dataclass(frozen=True)
-class VmState:
-    """A VM as the API shows it. `uptime_s`: seconds since its start, 0 when stopped."""
-
-    status: str
-    uptime_s: float = 0
-    lock: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_state(client: Client, vmid: int) -> VmState | None:
@@ -58,10 +54,8 @@ def read_state(client: Client, vmid: int) -> VmState | None:
     where = ("nodes", client.node.name, "qemu", vmid)
     try:
         found = client.get(*where, "config")
-    except ApiError as error:
-        if error.status == 500 and "does not exist" in error.message:
-            return None
-        raise
+    except NotFound:
+        return None
     now = client.get(*where, "status", "current")
     return VmState(now["status"], float(now.get("uptime", 0)), found.get("lock"), found)
 
@@ -98,29 +92,32 @@ def preflight() -> step.Commands:
 
     Never changes anything.
     """
-    _, guest, node, client = _here()
-    major = int(str(client.get("version")["version"]).split(".")[0])
-    if major not in (8, 9):
-        raise GpulabError(f"{node.name}: Proxmox VE {major}: expected 8 or 9")
-    lacking = access.missing(client.get("access", "permissions"), node, major, {guest.disk_storage})
-    if lacking:
-        raise GpulabError(
-            f"{node.name}: the API token lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)),
-            "\n".join(f"  {line}" for line in lacking),
-            f"make bootstrap LAB=… gives the role {node.api.role} what is missing",
-        )
+    host, guest, node, client = _here()
+    require_rights(client, guest, node)
+    backups = guest.backup.storage if guest.backup is not None else None
     found = _own_state(client, guest, node)
-    stores = {
-        item["storage"]: str(item.get("content", "")).split(",") for item in client.get("nodes", node.name, "storage")
-    }
-    for storage, kinds in ((node.image_storage, ("import", "snippets")), (guest.disk_storage, ("images",))):
-        for kind in kinds:
-            if kind not in stores.get(storage, []):
-                seen = ", ".join(stores[storage]) if storage in stores else "no such storage"
-                raise GpulabError(
-                    f"{node.name}: storage {storage}: expected content type {kind}, seen: {seen}",
-                    resolution="make bootstrap LAB=… enables import and snippets on the image storage",
-                )
+    if not order.destroying(context.ctx_state.get()):
+        held.refuse(client, guest, found.config if found is not None else None)
+    listed = {str(item["storage"]): item for item in client.get("nodes", node.name, "storage")}
+    stores = {storage: str(item.get("content", "")).split(",") for storage, item in listed.items()}
+    needed = [(node.image_storage, "import"), (node.image_storage, "snippets"), (guest.disk_storage, "images")]
+    if backups is not None:
+        needed.append((backups, "backup"))
+    for storage, kind in needed:
+        if kind not in stores.get(storage, []):
+            seen = ", ".join(stores[storage]) if storage in stores else "no such storage"
+            by_bootstrap = "make bootstrap LAB=… enables import and snippets on the image storage"
+            by_hand = f"on {node.name}: pvesm set {storage} --content TYPE,…,{kind}, or choose another storage"
+            raise GpulabError(
+                f"{node.name}: storage {storage}: expected content type {kind}, seen: {seen}",
+                resolution=by_bootstrap if storage == node.image_storage and kind != "backup" else by_hand,
+            )
+    if found is None:
+        _check_space(listed[guest.disk_storage], guest, node)
+    else:
+        # Said here, it is said before anything has changed. A rebuild makes the system disk anew, in whatever size.
+        anew = {config.SYSTEM_DISK} if getattr(host.connector, "closed", False) else set()
+        config.growth({key: value for key, value in found.config.items() if key not in anew}, guest)
     running = found is not None and found.status == "running"
     if not running:
         _check_memory(client, guest, node)
@@ -130,6 +127,31 @@ def preflight() -> step.Commands:
     yield from ()
 
 
+def require_rights(client: Client, guest: Guest, node: Node, more: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    """
+    Raises:
+        GpulabError: the token lacks a right that the deploy of this guest needs, or one of `more`, by path.
+    """
+    major = int(str(client.get("version")["version"]).split(".")[0])
+    if major not in (8, 9):
+        raise GpulabError(f"{node.name}: Proxmox VE {major}: expected 8 or 9")
+    backups = guest.backup.storage if guest.backup is not None else None
+    granted = client.get("access", "permissions")
+    lacking = access.missing(granted, node, major, {guest.disk_storage}, backups)
+    lacking += [
+        f"{right} on {path}"
+        for path, rights in (more or {}).items()
+        for right in rights
+        if not access.has(granted, path, right)
+    ]
+    if lacking:
+        raise GpulabError(
+            f"{node.name}: the API token lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)),
+            "\n".join(f"  {line}" for line in lacking),
+            f"make bootstrap LAB=… gives the role {node.api.role} what is missing",
+        )
+
+
 def _own_state(client: Client, guest: Guest, node: Node) -> VmState | None:
     """The guest's VM, or None when there is none yet, or no more of it than a cut-off creation of ours.
 
@@ -137,7 +159,7 @@ def _own_state(client: Client, guest: Guest, node: Node) -> VmState | None:
         GpulabError: the VM is not ours, or is being created right now.
     """
     found = read_state(client, guest.vmid)
-    if found is None or _is_leftover(client, guest, node, found):
+    if found is None or is_leftover(client, guest, node, found):
         return None
     _check_ownership(guest, node, found)
     return found
@@ -146,9 +168,10 @@ def _own_state(client: Client, guest: Guest, node: Node) -> VmState | None:
 def _check_ownership(guest: Guest, node: Node, found: VmState) -> None:
     if is_ours(found.config):
         return
-    if found.lock == "create":
+    if found.lock in CUT_OFF:
+        what = "creation" if found.lock == "create" else "deletion"
         raise GpulabError(
-            f"{guest.name}: VM {guest.vmid} on {node.name} is a creation that was cut off (lock: create)",
+            f"{guest.name}: VM {guest.vmid} on {node.name} is a {what} that was cut off (lock: {found.lock})",
             "The node's task list does not show that it was gpulab's.",
             f"on {node.name}: qm unlock {guest.vmid} && qm destroy {guest.vmid}, then deploy again",
         )
@@ -159,22 +182,23 @@ def _check_ownership(guest: Guest, node: Node, found: VmState) -> None:
     )
 
 
-def _is_leftover(client: Client, guest: Guest, node: Node, found: VmState) -> bool:
-    """Is it what a killed creation leaves: a lock, no tag, and a task of our own token that made it?
+def is_leftover(client: Client, guest: Guest, node: Node, found: VmState) -> bool:
+    """Is it what a killed creation or deletion leaves: a lock, no tag, and a task of our own token that did it?
 
     Raises:
         GpulabError: that task still runs.
     """
-    if found.lock != "create" or is_ours(found.config):
+    if found.lock not in CUT_OFF or is_ours(found.config):
         return False
-    tasks = client.get("nodes", node.name, "tasks", source="all", typefilter="qmcreate", vmid=guest.vmid)
-    # The last creation made what is there; an older one of ours says nothing about it.
+    kind = CUT_OFF[found.lock]
+    tasks = client.get("nodes", node.name, "tasks", source="all", typefilter=kind, vmid=guest.vmid)
+    # The last one made what is there; an older one of ours says nothing about it.
     last = max(tasks, key=lambda task: int(task["starttime"]), default=None)
     if last is None or who(last) != own_token(node):
         return False
     if "endtime" not in last and _runs(client, node, last):
         raise GpulabError(
-            f"{guest.name}: VM {guest.vmid} on {node.name} is being created",
+            f"{guest.name}: VM {guest.vmid} on {node.name} is being {'created' if kind == 'qmcreate' else 'deleted'}",
             f"At work: {described(last)}",
             "deploy again when that has ended",
         )
@@ -208,7 +232,7 @@ def at_work(client: Client, guest: Guest, node: Node) -> list[Mapping[str, Any]]
     return [task for task in active if "endtime" not in task and task["type"] not in _CONSOLES]
 
 
-def _await_idle(client: Client, guest: Guest, node: Node) -> None:
+def await_idle(client: Client, guest: Guest, node: Node) -> None:
     """Wait until no task works on the VM: an import of another run sets no lock.
 
     Raises:
@@ -226,6 +250,18 @@ def _await_idle(client: Client, guest: Guest, node: Node) -> None:
                 "deploy again when that has ended",
             )
         time.sleep(1)
+
+
+def _check_space(storage: Mapping[str, Any], guest: Guest, node: Node) -> None:
+    """Room for a new VM's system disk. Its data disk may be thin: it takes what is written to it."""
+    # A storage that is not active has no figures; the creation then says so in its own words.
+    left = int(storage["avail"]) / 2**30 if storage.get("active", 1) and "avail" in storage else None
+    if left is not None and left < guest.system_disk_gib:
+        raise GpulabError(
+            f"{node.name}: storage {guest.disk_storage} has {left:.0f} GiB left; the system disk of {guest.name} "
+            f"needs {guest.system_disk_gib} GiB",
+            resolution="make room there, or lower `system_disk_gib`, or choose another `disk_storage`",
+        )
 
 
 def _check_memory(client: Client, guest: Guest, node: Node) -> None:
@@ -336,11 +372,18 @@ def create_or_update() -> step.Commands:
     `started` then restarts it. Keys that no token may set go over the node's SSH connection.
     """
     _, guest, node, client = _here()
-    shell = _NodeShell(context.ctx_state.get(), node)
+    shell = NodeShell(context.ctx_state.get(), node)
     found = _own_state(client, guest, node)
+    state: State = context.ctx_state.get()
+    if found is None and not context.state.is_executing and order.destroying(state) and held.find(client, guest):
+        step.noop(f"VM {guest.vmid} is made anew before, and gets its data disks back")
+        return
     if found is None:
-        if read_state(client, guest.vmid) is not None:
-            step.changes(f"clear VM {guest.vmid} on {node.name}, a creation of ours that was cut off")
+        left = read_state(client, guest.vmid)
+        if left is not None:
+            orphans, others = _orphans(client, guest, node, left)
+            lines = (*_removed(orphans), *_left_alone(others))
+            step.changes(f"clear VM {guest.vmid} on {node.name}, a creation of ours that was cut off", lines)
         new = {**config.declared(guest, node), **config.volumes(guest, node), **config.root_declared(guest)}
         step.changes(f"create VM {guest.vmid} on {node.name}", key_diff({}, _readable(new)))
         yield step.call(_create, client, guest, node, shell)
@@ -360,68 +403,143 @@ def _readable(keys: Mapping[str, str | None]) -> dict[str, str | None]:
     return {key: value if key != "sshkeys" or value is None else "(public key)" for key, value in keys.items()}
 
 
-class _NodeShell:
-    """Root on the guest's node, over the node's own SSH connection. It opens in a run that is limited to guests too."""
-
-    def __init__(self, state: State, node: Node) -> None:
-        self.node = node
-        self.host: Host = state.inventory.get_host(node.name)
-
-    def run(self, *commands: Sequence[str]) -> None:
-        """Run the commands as one, each if the one before it went well.
-
-        Raises:
-            GpulabError: the node does not answer or a command failed.
-        """
-        lines = [StringCommand(*(QuoteString(word) for word in words)) for words in commands]
-        command = StringCommand(*lines[:1], *(part for line in lines[1:] for part in ("&&", line)))
-        with _one_at_a_time["ssh", self.node.name]:
-            done, output = self.host.run_shell_command(command, print_output=False, print_input=False)
-        if not done:
-            what = " ".join(commands[0][:3])
-            raise GpulabError(f"{self.node.name}: {what} failed over SSH", output.stderr.strip()[-2000:])
-
-
-def _create(client: Client, guest: Guest, node: Node, shell: _NodeShell) -> None:
-    _await_idle(client, guest, node)
-    left = read_state(client, guest.vmid)
-    if left is not None:
-        if not _is_leftover(client, guest, node, left):
-            _check_ownership(guest, node, left)
-            raise GpulabError(f"{guest.name}: VM {guest.vmid} was created meanwhile", resolution="deploy again")
-        # PVE lets only root take the lock away. Volumes that no configuration names stay: they may hold data.
-        # One command: cut off between the two, an unlocked VM without tag would look like somebody else's.
-        shell.run(("qm", "unlock", str(guest.vmid)), ("qm", "destroy", str(guest.vmid)))
-    keys = {**config.declared(guest, node), **config.volumes(guest, node)}
-    client.run_task("POST", "nodes", node.name, "qemu", task="qmcreate", deadline_s=CREATE_S, vmid=guest.vmid, **keys)
+def _create(client: Client, guest: Guest, node: Node, shell: NodeShell) -> None:
+    held.refuse(client, guest, None)
+    make(client, guest, node, shell, {**config.declared(guest, node), **config.volumes(guest, node)})
     _update(client, guest, node, shell)
 
 
-def _update(client: Client, guest: Guest, node: Node, shell: _NodeShell) -> None:
+def make(client: Client, guest: Guest, node: Node, shell: NodeShell, keys: Mapping[str, str]) -> None:
+    """Create the VM with this configuration, in place of what a cut-off creation or deletion of ours left.
+
+    Raises:
+        GpulabError: there is a VM of that id.
+    """
+    await_idle(client, guest, node)
+    left = read_state(client, guest.vmid)
+    if left is not None:
+        if not is_leftover(client, guest, node, left):
+            _check_ownership(guest, node, left)
+            raise GpulabError(f"{guest.name}: VM {guest.vmid} was created meanwhile", resolution="deploy again")
+        orphans, others = _orphans(client, guest, node, left)
+        for line in (*_removed(orphans), *_left_alone(others)):
+            logger.info(f"{context.ctx_host.get().print_prefix}{line}")
+        # PVE lets only root take the lock away, and a token without Datastore.Allocate free no volume. One command, the
+        # unlocking last: cut off before, it is known what is left; an unlocked VM without tag would look like somebody
+        # else's.
+        free = [("pvesm", "free", volume) for volume in orphans]
+        shell.run(*free, ("qm", "unlock", str(guest.vmid)), ("qm", "destroy", str(guest.vmid)))
+    client.run_task("POST", "nodes", node.name, "qemu", task="qmcreate", deadline_s=CREATE_S, vmid=guest.vmid, **keys)
+
+
+def _orphans(client: Client, guest: Guest, node: Node, left: VmState) -> tuple[list[str], dict[str, str]]:
+    """The volumes that a cut-off creation of ours left, and others of the VM's name with why they are not taken for it.
+
+    Its own are those on the declared storage that are not older than its task and that no configuration names: the
+    one of the VM that it was making has nothing but the lock, and another's may have been given one.
+    """
+    if left.lock != "create":
+        return [], {}
+    tasks = client.get("nodes", node.name, "tasks", source="all", typefilter="qmcreate", vmid=guest.vmid)
+    began = max(int(task["starttime"]) for task in tasks)
+    where = ("nodes", node.name, "storage", guest.disk_storage, "content")
+    named = re.compile(rf"(?:{guest.vmid}/)?vm-{guest.vmid}-(?:disk-[0-9]+|cloudinit)(?:\.(?:raw|qcow2|vmdk))?")
+    found = {
+        str(item["volid"]): item
+        for item in client.get(*where, content="images", vmid=guest.vmid)
+        if named.fullmatch(str(item["volid"]).partition(":")[2])
+    }
+    if not found:
+        return [], {}
+    users = _users_of(client, set(found))
+    orphans, others = [], {}
+    for volume, item in sorted(found.items()):
+        if volume in users:
+            others[volume] = users[volume]
+        elif "ctime" not in item:
+            others[volume] = f"storage {guest.disk_storage} does not say when it was made"
+        elif int(item["ctime"]) < began:
+            others[volume] = "it is older than the creation"
+        else:
+            orphans.append(volume)
+    return orphans, others
+
+
+def _users_of(client: Client, volumes: Set[str]) -> dict[str, str]:
+    """Which VM of the cluster has a volume in its configuration or in that of a snapshot, or may have."""
+    users: dict[str, str] = {}
+    for entry in client.get("cluster", "resources", type="vm"):
+        if entry.get("type") != "qemu":
+            continue
+        if entry.get("status") == "unknown":
+            # Its node is down.
+            return dict.fromkeys(volumes, f"VM {entry['vmid']} on {entry['node']} may have it, which does not answer")
+        where = ("nodes", entry["node"], "qemu", entry["vmid"])
+        configs = [client.get(*where, "config"), client.get(*where, "config", current=1)]
+        for snapshot in client.get(*where, "snapshot"):
+            if snapshot["name"] != "current":
+                configs.append(client.get(*where, "config", snapshot=snapshot["name"]))
+        words = {word for keys in configs for value in keys.values() for word in re.split(r"[,=]", str(value))}
+        users |= dict.fromkeys(volumes & words, f"VM {entry['vmid']} has it")
+    return users
+
+
+def _removed(orphans: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"remove {volume}, which it left" for volume in orphans)
+
+
+def _left_alone(others: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"leave {volume}: {why}" for volume, why in others.items())
+
+
+def _update(client: Client, guest: Guest, node: Node, shell: NodeShell) -> None:
     """Make the VM as declared, from what its configuration says now."""
-    _await_idle(client, guest, node)
+    await_idle(client, guest, node)
     for left in reversed(range(TRIES)):
         try:
             _send(client, guest, node, shell)
             return
         except GpulabError as error:
-            # Somebody changed the VM after it was read: what separates it from the declaration is another now. The
-            # API, its tasks and `qm` say so in the same words.
-            if "checksum mismatch" not in str(error) or not left:
+            # What separates the VM from the declaration is another now.
+            if not _changed_meanwhile(error) or not left:
                 raise
 
 
-def _send(client: Client, guest: Guest, node: Node, shell: _NodeShell) -> None:
+def _changed_meanwhile(error: GpulabError) -> bool:
+    """Did somebody change the VM after it was read? `qm` says so in the words of the API."""
+    if isinstance(error, TaskFailed):
+        return error.reason is DigestMismatch
+    return isinstance(error, DigestMismatch) or kind_of(500, str(error)) is DigestMismatch
+
+
+def _send(client: Client, guest: Guest, node: Node, shell: NodeShell) -> None:
     found, change = _read_change(client, guest, node)
     if change.setting or change.deleting:
         changes: dict[str, Any] = {**change.setting, "digest": found.config["digest"]}
         if change.deleting:
             changes["delete"] = ",".join(change.deleting)
-        client.change("PUT", "nodes", node.name, "qemu", guest.vmid, "config", **changes)
+
+        def in_force() -> bool:
+            left = _read_change(client, guest, node)[1]
+            return not (left.setting or left.deleting)
+
+        client.change("PUT", "nodes", node.name, "qemu", guest.vmid, "config", applied=in_force, **changes)
         found, change = _read_change(client, guest, node)
     for disk, size in change.growing.items():
         _resize(client, guest, node, disk, size, found.config["digest"])
         found, _ = _read_change(client, guest, node)
+    # After that: a value that waits for a restart would keep the size of before.
+    found, change = _read_change(client, guest, node)
+    if change.disks:
+        _require_same_volumes(client, guest, node, change.disks)
+
+        def disks_in_force() -> bool:
+            return not _read_change(client, guest, node)[1].disks
+
+        digest = found.config["digest"]
+        where = ("nodes", node.name, "qemu", guest.vmid, "config")
+        client.change("PUT", *where, applied=disks_in_force, **change.disks, digest=digest)
+        found, change = _read_change(client, guest, node)
     if change.root_setting or change.root_deleting:
         words = [word for key, value in change.root_setting.items() for word in (f"--{key}", value)]
         if change.root_deleting:
@@ -429,13 +547,39 @@ def _send(client: Client, guest: Guest, node: Node, shell: _NodeShell) -> None:
         shell.run(("qm", "set", str(guest.vmid), *words, "--digest", found.config["digest"]))
 
 
-def _read_change(client: Client, guest: Guest, node: Node) -> tuple[VmState, config.Change]:
+def _require_same_volumes(client: Client, guest: Guest, node: Node, disks: Mapping[str, str]) -> None:
+    """A running VM whose disk is sent with another volume has it unplugged.
+
+    Raises:
+        GpulabError: another volume than the one in use waits in the configuration, for the next start.
+    """
+    now = client.get("nodes", node.name, "qemu", guest.vmid, "config", current=1)
+    for disk, value in disks.items():
+        used, wanted = config.volume(str(now.get(disk, ""))), config.volume(value)
+        if used != wanted:
+            raise GpulabError(
+                f"{guest.name}: {disk} of VM {guest.vmid} is {used or 'absent'}, and {wanted} waits to take its place",
+                "Its options are not as declared, and can't be set without setting the volume, too.",
+                f"on {node.name}: qm revert {guest.vmid} {disk}, or stop and start the VM; then deploy again",
+            )
+
+
+def _there(client: Client, guest: Guest, node: Node) -> VmState:
+    """
+    Raises:
+        GpulabError: the VM has gone, or is not ours any more.
+    """
     found = read_state(client, guest.vmid)
     if found is None:
         raise GpulabError(
             f"{guest.name}: VM {guest.vmid} on {node.name} was deleted meanwhile", resolution="deploy again"
         )
     _check_ownership(guest, node, found)
+    return found
+
+
+def _read_change(client: Client, guest: Guest, node: Node) -> tuple[VmState, config.Change]:
+    found = _there(client, guest, node)
     return found, config.change(found.config, guest, node)
 
 
@@ -459,7 +603,7 @@ def started() -> step.Commands:
     """
     Ensure that the guest runs with its configuration and that its cloud-init has finished.
 
-    A guest with changes of ours that a running VM cannot take is shut down and started when `allow_reboot` says so;
+    A guest with changes of ours that a running VM cannot take is shut down and started when `allow_restart` says so;
     otherwise it says what waits, and ends there. Pending changes of others and of cloud-init are named and never a
     reason for a restart. The SSH host key of a guest that has none pinned is read through the guest agent.
     """
@@ -483,10 +627,10 @@ def started() -> step.Commands:
         step.noop("; ".join([f"{guest.name} runs", *waiting.told]))
         return
     if waiting.restart:
-        if not guest.allow_reboot:
+        if not guest.allow_restart:
             error = GpulabError(
-                f"{guest.name} needs a restart for {', '.join(waiting.restart)}; allow_reboot is false",
-                resolution="set allow_reboot, or stop and start the VM when it suits its users",
+                f"{guest.name} needs a restart for {', '.join(waiting.restart)}; allow_restart is false",
+                resolution="set allow_restart, or stop and start the VM when it suits its users",
             )
             step.waits(error.brief, tuple(str(error).splitlines()[1:]))
             yield step.call(_refuse, error)
@@ -511,9 +655,11 @@ class _Waiting:
 
 def _waiting(client: Client, guest: Guest, node: Node, found: VmState) -> _Waiting:
     where = ("nodes", node.name, "qemu", guest.vmid)
-    pending = config.waiting(client.get(*where, "pending"))
+    items = client.get(*where, "pending")
+    pending = config.waiting(items)
     # While a run is planned, its changes have not been sent yet.
     ours = {key for key in pending if config.is_declared(key, guest, node)}
+    ours |= set(config.own_disks_waiting(items))
     ours |= set(config.change(found.config, guest, node).restart)
     others = [key for key in pending if key not in ours]
     # These never stand in `pending`: cloud-init's drive is made anew at each start.
@@ -527,7 +673,9 @@ def _waiting(client: Client, guest: Guest, node: Node, found: VmState) -> _Waiti
 
 
 def _start(client: Client, guest: Guest, node: Node, running: bool) -> None:
-    _await_idle(client, guest, node)
+    await_idle(client, guest, node)
+    # It may have become somebody else's since it was looked at; no digest goes with a start.
+    _there(client, guest, node)
     status = ("nodes", node.name, "qemu", guest.vmid, "status")
     if running:
         client.run_task("POST", *status, "shutdown", task="qmshutdown", deadline_s=300, forceStop=1, timeout=120)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,24 +36,40 @@ mkfs.ext4 -q -m 0 -L "$2" -U "$3" "$1"
 """
 
 
+# The mount point on the system disk, beneath whatever is mounted on it: empty, and nothing can be made in it. Where the
+# file system has no such flag, verify says so.
+_PROTECT = """
+exec unshare --mount sh -ec '
+mkdir -p "$1/$2"
+mount --bind "$1" /mnt
+lsattr -d "/mnt/$2" >/dev/null 2>&1 || exit 0
+seen=$(ls -A "/mnt/$2")
+if [ -n "$seen" ]; then echo "$1/$2 is not empty: $seen" >&2; exit 1; fi
+chattr +i "/mnt/$2"
+' protect "$1" "$2"
+"""
+
+
 @dataclass(frozen=True)
 class Actions:
-    """What has to happen. `fstab`: the file's new text, None when it is right."""
+    """What has to happen. `fstab`: the file's new text, None when it is right; `protect`: the mount point beneath."""
 
     uuid: str
     device: str
     format: bool = False
+    protect: bool = False
     fstab: str | None = None
     mount: bool = False
     grow: bool = False
 
     def any(self) -> bool:
-        return self.format or self.mount or self.grow or self.fstab is not None
+        return self.format or self.protect or self.mount or self.grow or self.fstab is not None
 
 
 def fstab_line(identity: str, mount: str) -> str:
     """The line that mounts the file system of UUID `identity`."""
-    options = f"defaults,nofail,x-systemd.device-timeout={DEVICE_TIMEOUT_S}s,{MARK}"
+    # A device that goes takes its mount along, and that the services.
+    options = f"defaults,nofail,x-systemd.device-timeout={DEVICE_TIMEOUT_S}s,x-systemd.device-bound,{MARK}"
     return f"UUID={identity} {mount} ext4 {options} 0 2"
 
 
@@ -86,7 +102,7 @@ def decide(found: Mapping[str, Any], by_id: str, mount: str) -> Actions:
         GpulabError: the disk is missing, holds something that is not ours, or the mount point is taken.
     """
     if not found:
-        return Actions("", by_id, format=True, fstab=fstab_with("", "", mount), mount=True)
+        return Actions("", by_id, format=True, protect=True, fstab=fstab_with("", "", mount), mount=True)
     device = found["device"]
     if device is None:
         raise GpulabError(
@@ -102,12 +118,9 @@ def decide(found: Mapping[str, Any], by_id: str, mount: str) -> Actions:
             f"Expected {device}, the data disk.",
             f"umount {mount}, or choose another data_disk.mount",
         )
-    if mounted is None and found["inside"]:
-        raise GpulabError(
-            f"{mount} is not empty, and mounting the data disk would hide what is in it",
-            f"Seen on the system disk: {', '.join(found['inside'])}",
-            f"move it away, deploy, and move it back into {mount}",
-        )
+    point = found["mount_point"]
+    if point is not None and point["entries"]:
+        _refuse_hidden(mount, point["entries"], mounted is not None)
     format_it = not found["signatures"]
     # A UUID of our own making: fstab can be planned before the file system is there.
     identity = str(uuid.uuid5(uuid.UUID(found["boot_id"]), by_id)) if format_it else found["signatures"][0]["uuid"]
@@ -116,9 +129,30 @@ def decide(found: Mapping[str, Any], by_id: str, mount: str) -> Actions:
         identity,
         device,
         format=format_it,
+        protect=point is None or point["immutable"] is False,
         fstab=None if fstab_line(identity, mount) in found["fstab"].splitlines() else fstab,
         mount=mounted is None,
         grow=not format_it and found["size"] - found["filesystem_size"] >= GROWTH,
+    )
+
+
+def _refuse_hidden(mount: str, entries: Sequence[str], mounted: bool) -> None:
+    """
+    Raises:
+        GpulabError: always; something lies on the system disk where the data disk is, or is to be, mounted.
+    """
+    seen = f"Seen on the system disk: {', '.join(entries)}"
+    if not mounted:
+        raise GpulabError(
+            f"{mount} is not empty, and mounting the data disk would hide what is in it",
+            seen,
+            f"move it away, deploy, and move it back into {mount}",
+        )
+    parent, _, name = mount.rstrip("/").rpartition("/")
+    raise GpulabError(
+        f"{mount}: the data disk hides files of the system disk, which services would find without it",
+        seen,
+        f"mount --bind {parent or '/'} /mnt, move what is in /mnt/{name} away, umount /mnt, deploy again",
     )
 
 
@@ -154,6 +188,8 @@ def data_disk(by_id: str, mount: str) -> step.Commands:
     **Data**: a disk is formatted only when it carries no signature of any kind. Whatever else is found on it is
     named and refused. A disk that has grown gets its file system grown, while mounted.
 
+    **Without it** nothing can be written in its place: the mount point on the system disk is empty and immutable.
+
     + by_id: path of the disk under `/dev/disk/by-id`
     + mount: mount point; its folder is made
     """
@@ -168,6 +204,8 @@ def data_disk(by_id: str, mount: str) -> step.Commands:
         lines = file_diff(found.get("fstab"), actions.fstab)
         # Before the disk exists there is neither a UUID nor the rest of the file to show.
         step.changes("file /etc/fstab", lines if found else (f"+{fstab_line('(of the new disk)', mount)}",))
+    if actions.protect:
+        step.changes(f"make the mount point {mount} on the system disk immutable")
     if actions.mount:
         step.changes(f"mount {actions.device} at {mount}")
     if actions.grow:
@@ -180,8 +218,11 @@ def data_disk(by_id: str, mount: str) -> step.Commands:
     if actions.fstab is not None:
         yield files.write({"/etc/fstab": files.File(actions.fstab)})
         yield StringCommand("systemctl", "daemon-reload")
+    if actions.protect:
+        parent, _, name = mount.rstrip("/").rpartition("/")
+        script = QuoteString(_PROTECT.strip())
+        yield StringCommand("sh", "-c", script, "protect", QuoteString(parent or "/"), QuoteString(name))
     if actions.mount:
-        yield StringCommand("mkdir", "-p", QuoteString(mount))
         # By device: the link of a new UUID needs udev's time to appear.
         yield StringCommand("mount", "-t", "ext4", device, QuoteString(mount))
     if actions.grow:

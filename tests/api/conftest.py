@@ -106,7 +106,7 @@ def make_bench(api: FakeLab, folder: Path, monkeypatch: pytest.MonkeyPatch, **ch
         "ssh_hostname": "192.0.2.11",
         "state_dir": str(state_dir),
         "api": {"host": api.host, "port": api.port, "timeout_s": 10},
-        "passthrough": {"devices": [{"address": "0000:01:00"}]},
+        "passthrough": {"devices": [{"address": "0000:01:00"}], "hugepages": {"size": "2M", "count": 2048}},
     }
     guest = {**GUEST, "state_dir": str(state_dir), **changes}
     path = folder / "lab.py"

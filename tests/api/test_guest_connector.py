@@ -52,6 +52,13 @@ def test_stopped_or_foreign_vm_is_not_contacted(api: Any, bench: Bench, running:
     assert connector.assumed
 
 
+def test_node_that_refuses_is_named_once(api: Any, bench: Bench) -> None:
+    api.revoke_token()
+
+    with pytest.raises(ConnectError, match=r"^waits for pve1: the API refuses the token"):
+        planning(bench).connect()
+
+
 def test_running_guest_that_cannot_be_reached_fails_in_the_plan_too(
     api: Any, bench_of: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +87,7 @@ def test_node_without_api_is_what_the_guest_waits_for(bench: Bench) -> None:
     text = (bench.folder / "lab.py").read_text()
     (bench.folder / "lab.py").write_text(text.replace("'port': ", f"'port': {closed_port()} or "))
 
-    with pytest.raises(ConnectError, match=r"waits for pve1: pve1: the API at https://127.0.0.1:\d+ does not answer"):
+    with pytest.raises(ConnectError, match=r"waits for pve1: the API at https://127.0.0.1:\d+ does not answer"):
         planning(bench).connect()
 
 

@@ -155,7 +155,7 @@ def test_token_without_one_privilege_is_found_by_comparing_rights(api: Any, benc
     node = inventory.of_run(bench.state).nodes["pve1"]
     api.take_away(privilege)
 
-    lacking = access.missing(Client(node).get("access", "permissions"), node, 9, {"local-lvm"})
+    lacking = access.missing(Client(node).get("access", "permissions"), node, 9, {"local-lvm"}, "local")
 
     assert {line.split(" on ")[0] for line in lacking} == {privilege}
 
@@ -239,6 +239,7 @@ def test_each_single_missing_privilege_is_found(release: str) -> None:
             NODE,
             major,
             {"local-lvm"},
+            "local",
         )
     }
     # Mapping.Use lists and reads mappings as well.

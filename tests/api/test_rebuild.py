@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,337 +16,43 @@ from typing import Any
 import pytest
 from pyinfra.api import StringCommand
 from pyinfra.api.exceptions import ConnectError
-from pyinfra.connectors.util import CommandOutput
 
-from connectors.guest import GuestConnector
 from inventory import GpulabError
-from operations import record
-from operations.proxmox import client, host_keys, order, rebuild, swap, vm
+from operations.proxmox import host_keys, machine, order, rebuild, swap, vm
 from operations.proxmox.client import ApiError, ApiUnreachable, Client
 from rehearsal.pve.state import Task
 
-from .conftest import Bench, make_bench
-
-OLD, DATA = "local-lvm:vm-101-disk-1", "local-lvm:vm-101-disk-2"
-OLD_KEY, NEW_KEY = "ssh-ed25519 AAAAold", "ssh-ed25519 AAAAnew"
-PUBLIC_KEY = ("cat", "--", "/etc/ssh/ssh_host_ed25519_key.pub")
-ADDRESS = ("192.0.2.101", 22)
-
-#: The steps of rebuild.py in its order, with the two of deploy.py that work on the VM.
-REBUILD = (
-    vm.preflight,
-    vm.image,
-    rebuild.preflight,
-    rebuild.stopped,
-    rebuild.marked,
-    rebuild.leftovers_removed,
-    rebuild.swapped,
-    rebuild.prepared,
-    rebuild.connection_opened,
-    vm.create_or_update,
-    vm.started,
-    rebuild.verified,
-    rebuild.old_disk_deleted,
+from .conftest import Bench
+from .sites import (
+    DATA,
+    OLD,
+    REBUILD,
+    ROLLBACK,
+    SYSTEM_BORN,
+    Fault,
+    Site,
+    check,
+    command_line,
+    killed_after,
+    killed_before,
+    lost_on_the_way,
+    prepare,
+    reply_lost,
+    run_with,
+    stand_in,
+    stations,
+    sweep,
 )
-ROLLBACK = (
-    rebuild.rollback_preflight,
-    rebuild.stopped,
-    rebuild.marked,
-    rebuild.old_disk_back,
-    rebuild.connection_opened,
-    vm.started,
-    rebuild.rollback_finished,
-)
-
-
-class Killed(BaseException):
-    """The process ends here: nothing of it goes on, `finally` included."""
-
-
-#: How the volumes of the first deploy are known whatever name they get later: by their time of creation.
-SYSTEM_BORN, DATA_BORN = 1, 2
-
-
-class Site:
-    """A lab with one guest that runs, and runs of rebuild.py on it, each a process of its own."""
-
-    def __init__(self, api: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.api, self.folder, self.monkeypatch = api, folder, monkeypatch
-        self.runs = 0
-        self.verified = False
-        self.bench: Bench | None = None
-
-    def rebuild(self, **words: Any) -> None:
-        """A run of rebuild.py from its first to its last step.
-
-        Raises:
-            GpulabError, AssertionError: a step refused, or failed while it executed.
-        """
-        self.begin(**words)
-        for step in ROLLBACK if words.get("rollback") else REBUILD:
-            self.step(step)
-
-    def begin(self, **words: Any) -> Bench:
-        """A new process; the one before has ended."""
-        self.end()
-        self.runs += 1
-        self.bench = make_bench(self.api, self.folder, self.monkeypatch)
-        host = words.pop("host", socket.gethostname())
-        order._orders[self.bench.state] = order.Order("lab.py", f"me@{host}:{self.runs}:1", **words)
-        self.bench.host.connector.closed = self.bench.host.connector.assumed = True
-        return self.bench
-
-    def end(self) -> None:
-        """The kernel lets go of the process's lock."""
-        if self.bench is not None:
-            order.release(self.bench.state)
-
-    def step(self, step: Any) -> None:
-        assert self.bench is not None
-        self.bench.apply(step)
-        self.unharmed()
-
-    def until(self, last: Any, **words: Any) -> None:
-        """A run that ends after this step."""
-        self.begin(**words)
-        steps = ROLLBACK if words.get("rollback") else REBUILD
-        for step in steps[: steps.index(last) + 1]:
-            self.step(step)
-
-    def config(self, vmid: int = 101) -> dict[str, Any]:
-        with self.api.lock:
-            return dict(self.api.state.vms[vmid].config)
-
-    def put(self, **keys: Any) -> None:
-        """Somebody changes the VM."""
-        self.api.api().nodes("pve1").qemu(101).config.put(**keys)
-
-    def volumes(self) -> dict[str, int]:
-        """The VM's volumes, with their time of creation."""
-        with self.api.lock:
-            return {volume.volid: volume.ctime for volume in self.api.state.volumes if volume.vmid == 101}
-
-    def add_volume(self, name: str, born: int) -> None:
-        with self.api.lock:
-            known = next(volume for volume in self.api.state.volumes if volume.volid == DATA)
-            self.api.state.volumes.append(known.model_copy(update={"name": name, "ctime": born}))
-
-    def settle(self) -> None:
-        """Remember what must stay, and be able to `restore()` it."""
-        config = self.config()
-        self.smbios, self.net = config["smbios1"], config["net0"]
-        with self.api.lock:
-            for volume in self.api.state.volumes:
-                volume.ctime = {OLD: SYSTEM_BORN, DATA: DATA_BORN}.get(volume.volid, volume.ctime)
-            self.fresh = self.api.state.model_copy(deep=True)
-        self.started = dict(self.api.power.started)
-
-    def restore(self) -> None:
-        """The lab as it was at `settle()`."""
-        self.api.emulator.tasks.join(60)
-        self.verified = False
-        with self.api.lock:
-            pid = self.api.state.next_pid
-            self.api.emulator.store.state = self.fresh.model_copy(deep=True, update={"next_pid": pid})
-        self.api.power.started = dict(self.started)
-        self.api.power.agents = set(self.started)
-        self.api.requests.clear()
-        host_keys.pin(self.folder / "state", *ADDRESS, [OLD_KEY])
-
-    def unharmed(self) -> None:
-        """The data disk is there and attached, the VM next door is as it was, and so is the VM's identity."""
-        config = self.config()
-        assert self.volumes().get(swap.volume(config["scsi1"])) == DATA_BORN
-        assert self.config(200) == {"name": "mail", "scsi0": "local-lvm:vm-200-disk-0", "description": "old=x"}
-        assert (config["smbios1"], config["net0"]) == (self.smbios, self.net)
-        if not self.verified:
-            assert SYSTEM_BORN in self.volumes().values()
-
-    def finished(self, *besides: str) -> None:
-        """The new system is in place, the old disk is gone, the VM is protected and carries no note."""
-        self.unharmed()
-        config = self.config()
-        assert SYSTEM_BORN not in self.volumes().values()
-        assert "size=64G" in config["scsi0"]
-        assert not swap.unused(config), config
-        assert "scsi30" not in config
-        assert (config["protection"], config["description"]) == (1, "ours: hands off")
-        expected = {swap.volume(config[key]) for key in ("scsi0", "scsi1", "efidisk0", "ide2")}
-        assert set(self.volumes()) == expected | set(besides)
-        assert self.api.power.running(101)
-        assert self.keys() == [NEW_KEY]
-
-    def untouched(self) -> None:
-        """Nothing has been changed."""
-        self.unharmed()
-        assert self.changes() == []
-
-    def back(self) -> None:
-        """The old system runs again, protected; the new disk lies idle."""
-        self.unharmed()
-        config = self.config()
-        assert self.volumes()[swap.volume(config["scsi0"])] == SYSTEM_BORN
-        mark = swap.marker(config)
-        idle = list(swap.unused(config).values())
-        assert (mark.old if mark else "") == ""
-        assert [entry.rpartition("@")[0] for entry in mark.waste] == idle if mark else idle == []
-        assert config["protection"] == 1
-        assert self.api.power.running(101)
-
-    def keys(self) -> list[str]:
-        return host_keys.known(self.folder / "state", *ADDRESS)
-
-    def failure(self) -> str:
-        assert self.bench is not None
-        return record.of_run(self.bench.state).failures["gpu01"]
-
-    def verify(self, status: int, words: str = "") -> None:
-        """What verify will say from now on."""
-
-        def command(*_: Any) -> list[str]:
-            self.verified = self.verified or status == 0
-            return [sys.executable, "-c", f"print({words!r}); raise SystemExit({status})"]
-
-        self.monkeypatch.setattr(rebuild, "verify_command", command)
-
-    def changes(self) -> list[tuple[str, str]]:
-        """The changing requests since `restore()`."""
-        return [(method, path) for method, path in self.api.requests if method != "GET"]
 
 
 @pytest.fixture
 def site(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(client, "POLL_S", (0.01, 0.02), raising=False)
-    monkeypatch.setattr(client, "PAUSE_S", 0.01, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(GuestConnector, "reconnect", lambda self, _: self.open())
-    monkeypatch.setattr(GuestConnector, "open", _open)
-    monkeypatch.setattr(GuestConnector, "run_shell_command", lambda *_, **__: (True, CommandOutput([])))
+    stand_in(monkeypatch)
     site = Site(api, tmp_path, monkeypatch)
     prepare(site)
     yield site
     site.end()
-
-
-def _open(self: GuestConnector) -> None:
-    assert not self.closed, "the old system was contacted"
-
-
-def prepare(site: Site) -> None:
-    """The lab with one guest, deployed and running, and a VM next door."""
-    api = site.api
-    api.add_image()
-    entry = "id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"
-    api.api().cluster.mapping.pci.post(id="a4000", map=[entry])
-    api.power.snippets["snippets/gpulab-vendor.yaml"] = "#cloud-config\n"
-    api.add_vm(200, name="mail", scsi0="local-lvm:vm-200-disk-0", description="old=x")
-    site.begin().apply(vm.create_or_update)
-    api.api().nodes("pve1").qemu(101).config.put(description="ours: hands off")
-    api.wait(api.api().nodes("pve1").qemu(101).status.start.post())
-    host_keys.pin(site.folder / "state", *ADDRESS, [OLD_KEY])
-    host_keys.pin(site.folder / "state", "192.0.2.11", 22, ["ssh-ed25519 AAAAnode"])
-    api.power.answers[PUBLIC_KEY] = (0, NEW_KEY.encode() + b" root@gpu01\n")
-    site.verify(0)
-    site.settle()
-    site.restore()
-
-
-Fault = Callable[[Callable[[], Any]], Any]
-
-
-def killed_before(send: Callable[[], Any]) -> Any:
-    raise Killed
-
-
-def killed_after(send: Callable[[], Any]) -> Any:
-    send()
-    raise Killed
-
-
-def lost_on_the_way(send: Callable[[], Any]) -> Any:
-    raise ApiUnreachable("no answer")
-
-
-def reply_lost(send: Callable[[], Any]) -> Any:
-    send()
-    raise ApiUnreachable("no answer")
-
-
-def run_with(site: Site, number: int, fault: Fault, only: str = "", every: bool = False, **words: Any) -> list[str]:
-    """A run in which the `number`-th request (or `every` one) meets a fault. `only` "changes": GETs do not count.
-
-    What it sent, as `METHOD path [parameters]`; shorter than `number`: no fault happened.
-    """
-    sent: list[str] = []
-    dead = False
-    real = Client._send
-
-    def send(self: Client, method: str, path: Any, parameters: Any) -> Any:
-        nonlocal dead
-        if dead:
-            raise Killed
-        if only == "changes" and method == "GET":
-            return real(self, method, path, parameters)
-        sent.append(f"{method} {'/'.join(str(part) for part in path)} {sorted(parameters)}")
-        if len(sent) != number and not every:
-            return real(self, method, path, parameters)
-        try:
-            return fault(lambda: real(self, method, path, parameters))
-        except Killed:
-            dead = True
-            raise
-
-    with site.monkeypatch.context() as patch:
-        patch.setattr(Client, "_send", send)
-        with suppress(Killed):
-            site.rebuild(**words)
-    return sent
-
-
-def sweep(site: Site, fault: Fault, then: Callable[[], None], only: str = "", **words: Any) -> int:
-    """Let the fault happen at the 1st request of a run, then at the 2nd of another, to the last; how many there were.
-
-    After each run, `then()` is what a user does and expects.
-    """
-    number = 0
-    while True:
-        number += 1
-        site.restore()
-        sent = run_with(site, number, fault, only, **words)
-        if len(sent) < number:
-            return number - 1
-        check(site, then, f"{fault.__name__}, request {number}: {sent[-1]}")
-
-
-def check(site: Site, then: Callable[[], None], what: str) -> None:
-    site.unharmed()
-    try:
-        then()
-    except (AssertionError, GpulabError) as error:
-        raise AssertionError(what) from error
-
-
-def stations(site: Site) -> tuple[list[int], int]:
-    """The requests before which something has changed since the request before, and how many requests there are.
-
-    A process killed before any other request leaves just what one killed before the last of these has left.
-    """
-    seen: list[object] = []
-
-    def look(send: Callable[[], Any]) -> Any:
-        with site.api.lock:
-            state = site.api.state
-            vms = {vmid: (dict(vm.config), dict(vm.pending)) for vmid, vm in state.vms.items()}
-            volumes = [volume.model_dump() for volume in state.volumes]
-        known_hosts = (site.folder / "state" / "known_hosts").read_text()
-        seen.append((vms, volumes, sorted(site.api.power.started), known_hosts))
-        return send()
-
-    site.restore()
-    run_with(site, 0, look, every=True)
-    return [number for number in range(1, len(seen) + 1) if number == 1 or seen[number - 1] != seen[number - 2]], len(
-        seen
-    )
 
 
 # The whole way.
@@ -386,13 +89,15 @@ def test_guest_that_does_not_exist_is_created(api: Any, site: Site) -> None:
 
 
 def test_steps_are_those_of_rebuild_py() -> None:
-    """This file's lists are the file's own, without the rest of the deploy."""
+    """This file's lists are the file's own, without the rest of the deploy and the steps of destroy=1."""
     text = (Path(__file__).parents[2] / "rebuild.py").read_text()
     calls = re.findall(r"^ +(\w+\.\w+)\(", text, re.M)
     names = [f"{step.__module__.rpartition('.')[2]}.{step._inner.__name__}" for step in (*ROLLBACK, *REBUILD)]
     deploy = ["vm.create_or_update", "vm.started"]
     at = names.index("vm.create_or_update")
-    assert calls == [*names[:at], "local.include", *names[at + len(deploy) :]]
+    names[at : at + len(deploy)] = ["local.include"]
+    back, rest = names[: len(ROLLBACK)], names[len(ROLLBACK) :]
+    assert (calls[: len(back)], calls[-len(rest) :]) == (back, rest)
 
 
 def test_connection_stays_closed_until_the_swap(bench: Bench) -> None:
@@ -673,11 +378,11 @@ def test_vm_that_somebody_starts_again_is_not_swapped(api: Any, site: Site) -> N
     site.until(rebuild.leftovers_removed)
     found = vm.VmState("stopped", config=site.config())
     api.wait(api.api().nodes("pve1").qemu(101).status.start.post())
-    site.monkeypatch.setattr(rebuild, "_found", lambda client, guest: replace(found, config=read(client)))
+    site.monkeypatch.setattr(machine, "found", lambda client, guest: replace(found, config=read(client)))
 
     with pytest.raises(AssertionError):
         site.step(rebuild.swapped)
-    assert "VM 101 runs; its system disk is only replaced while it is stopped" in site.failure()
+    assert "VM 101 runs; its disks are only touched while it is stopped" in site.failure()
     assert swap.stage(site.config()) is swap.Stage.BEFORE
 
 
@@ -777,7 +482,7 @@ def test_vm_that_cannot_be_rebuilt_is_refused(
         with site.api.lock:
             known = next(volume for volume in site.api.state.volumes if volume.volid == DATA)
             big = {"name": "vm-300-disk-0", "vmid": 300, "storage": storage, "size": gib * 2**30}
-            site.api.state.storages[storage].total = (gib + 300) * 2**30
+            site.api.state.storages[storage].total = (gib + 400) * 2**30
             site.api.state.volumes.append(known.model_copy(update=big))
 
     monkeypatch.setattr(site.api, "add_volume_use", use, raising=False)
@@ -888,20 +593,6 @@ def test_live_run_of_another_machine_that_was_shutting_down_is_not_taken_over(ap
 # The command line.
 
 
-def pyinfra(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    program = str(Path(sys.executable).with_name("pyinfra"))
-    return subprocess.run(
-        [program, str(site.folder / "lab.py"), "rebuild.py", *words],
-        cwd=root,
-        env={**os.environ, "GPULAB_RUNS": str(site.folder / "runs")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize(
     ("words", "chosen"),
     [((), "pve1, gpu01"), (("--limit", "pve1"), "pve1"), (("--limit", "pve1", "--limit", "gpu01"), "pve1, gpu01")],
@@ -909,7 +600,7 @@ def pyinfra(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
 def test_anything_but_one_guest_is_refused_before_any_connection(
     site: Site, words: tuple[str, ...], chosen: str
 ) -> None:
-    done = pyinfra(site, "-y", *words)
+    done = command_line(site, "-y", *words)
 
     assert done.returncode == 1
     assert "rebuild.py rebuilds exactly one guest; nothing was done." in done.stderr
@@ -921,7 +612,7 @@ def test_anything_but_one_guest_is_refused_before_any_connection(
 
 
 def test_keep_old_that_is_no_number_is_refused(site: Site) -> None:
-    done = pyinfra(site, "-y", "--limit", "gpu01", "--data", "keep_old=week")
+    done = command_line(site, "-y", "--limit", "gpu01", "--data", "keep_old=week")
 
     assert done.returncode == 1
     assert "gpu01: keep_old = 'week': expected a valid integer" in done.stderr
@@ -929,7 +620,7 @@ def test_keep_old_that_is_no_number_is_refused(site: Site) -> None:
 
 def test_plan_shows_the_whole_rebuild_and_touches_nothing(site: Site) -> None:
     """The guest does not answer SSH here: of the system that goes, nothing is asked."""
-    done = pyinfra(site, "--dry", "--limit", "gpu01", "--data", "keep_old=7")
+    done = command_line(site, "--dry", "--limit", "gpu01", "--data", "keep_old=7")
 
     assert done.returncode == 0, done.stderr
     for line in (
@@ -949,7 +640,7 @@ def test_plan_shows_the_whole_rebuild_and_touches_nothing(site: Site) -> None:
 def test_plan_of_a_rebuild_that_was_cut_off_says_so(site: Site) -> None:
     _fail_verify(site)
     site.api.requests.clear()
-    done = pyinfra(site, "--dry", "--limit", "gpu01")
+    done = command_line(site, "--dry", "--limit", "gpu01")
 
     assert done.returncode == 0, done.stderr
     assert "go on with the rebuild of VM 101 on pve1 (assumed)\n      it is there: swapped" in done.stderr
@@ -960,7 +651,7 @@ def test_plan_of_a_rollback_shows_both_disks(site: Site) -> None:
     _fail_verify(site)
     new = swap.volume(site.config()["scsi0"])
     site.api.requests.clear()
-    done = pyinfra(site, "--dry", "--limit", "gpu01", "--data", "rollback=1")
+    done = command_line(site, "--dry", "--limit", "gpu01", "--data", "rollback=1")
 
     assert done.returncode == 0, done.stderr
     assert f"scsi0: {new} -> {OLD}" in done.stderr
@@ -970,7 +661,7 @@ def test_plan_of_a_rollback_shows_both_disks(site: Site) -> None:
 
 def test_refused_rebuild_is_one_readable_error(site: Site) -> None:
     site.api.lock_vm(101)
-    done = pyinfra(site, "-y", "--limit", "gpu01")
+    done = command_line(site, "-y", "--limit", "gpu01")
 
     assert done.returncode == 1
     assert "gpu01: VM 101 on pve1 cannot be rebuilt: it is locked (backup)" in done.stderr

@@ -50,6 +50,13 @@ ASKED = {
 DECLARED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("GET", "/nodes/pve1/qemu/101/pending", {}),
     ("GET", "/nodes/pve1/qemu/101/snapshot", {}),
+    ("GET", "/nodes/pve1/qemu/101/config", {"snapshot": "before"}),
+    ("GET", "/nodes/pve1/qemu/101/config", {"current": 1}),
+    (
+        "PUT",
+        "/nodes/pve1/qemu/101/config",
+        {"scsi0": "local-lvm:vm-101-disk-0,size=64G,discard=on", "digest": 40 * "0"},
+    ),
     ("PUT", "/nodes/pve1/qemu/101/cloudinit", {}),
     ("POST", "/nodes/pve1/qemu/101/status/start", {}),
     ("POST", "/nodes/pve1/qemu/101/status/shutdown", {"forceStop": 1, "timeout": 120}),
@@ -60,8 +67,95 @@ DECLARED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PUT", "/nodes/pve1/qemu/101/resize", {"disk": "scsi0", "size": "64G", "digest": 40 * "0"}),
     ("GET", "/nodes/pve1/storage/local-lvm/status", {}),
     ("GET", "/nodes/pve1/storage/local-lvm/content", {"content": "images", "vmid": 101}),
+    # A backup, its restore into a spare id, and the jobs, which go through pvesh on the node.
+    (
+        "POST",
+        "/nodes/pve1/vzdump",
+        {
+            "vmid": "101",
+            "storage": "local",
+            "mode": "snapshot",
+            "compress": "zstd",
+            "protected": 0,
+            "notes-template": "gpulab: {{guestname}}",
+            "prune-backups": "keep-daily=7,keep-weekly=4",
+        },
+    ),
+    ("GET", "/nodes/pve1/storage/local/content", {"content": "backup", "vmid": 101}),
+    ("GET", "/nodes/pve1/storage/local/status", {}),
+    ("GET", "/cluster/resources", {"type": "vm"}),
+    (
+        "POST",
+        "/nodes/pve1/qemu",
+        {
+            "vmid": 901,
+            "archive": "local:backup/vzdump-qemu-101-2026_11_22-03_00_00.vma.zst",
+            "storage": "local-lvm",
+            "unique": 1,
+            "name": "gpu01-restored",
+            "description": "Restored by gpulab.",
+            "tags": "gpulab;gpulab-restore",
+            "onboot": 0,
+            "protection": 0,
+            "memory": 2048,
+        },
+    ),
+    ("POST", "/nodes/pve1/qemu/901/status/stop", {}),
+    ("DELETE", "/nodes/pve1/qemu/901", {"purge": 1}),
+    ("GET", "/cluster/backup", {}),
+    *(
+        (
+            method,
+            path,
+            {
+                **more,
+                "comment": "gpulab: gpu01",
+                "compress": "zstd",
+                "enabled": "1",
+                "mode": "snapshot",
+                "node": "pve1",
+                "prune-backups": "keep-daily=7,keep-weekly=4",
+                "schedule": "mon..fri 22:00",
+                "storage": "local",
+                "vmid": "101",
+            },
+        )
+        for method, path, more in (
+            ("POST", "/cluster/backup", {"id": "gpulab-gpu01"}),
+            ("PUT", "/cluster/backup/gpulab-gpu01", {"delete": "all,pool"}),
+        )
+    ),
+    ("DELETE", "/cluster/backup/gpulab-gpu01", {}),
     ("GET", "/nodes/pve1/tasks", {"source": "active", "vmid": "101"}),
     ("GET", "/nodes/pve1/tasks", {"source": "all", "typefilter": "qmcreate", "vmid": "101"}),
+    ("GET", "/cluster/resources", {"type": "vm"}),
+    ("GET", "/cluster/nextid", {"vmid": 901}),
+    (
+        "POST",
+        "/nodes/pve1/qemu",
+        {
+            "vmid": 901,
+            "name": "gpu01-keeper",
+            "memory": "16",
+            "onboot": "0",
+            "protection": "1",
+            "tags": "gpulab;gpulab-keeper",
+            "description": "gpulab-keeper guest=gpu01 vmid=101 data=scsi1=local-lvm:vm-101-disk-2@214748364800",
+        },
+    ),
+    (
+        "POST",
+        "/nodes/pve1/qemu/101/move_disk",
+        {
+            "disk": "scsi1",
+            "target-vmid": 901,
+            "target-disk": "scsi1",
+            "digest": 40 * "0",
+            "target-digest": 40 * "1",
+        },
+    ),
+    ("PUT", "/nodes/pve1/qemu/901/config", {"scsi1": "local-lvm:vm-901-disk-0,discard=on", "digest": 40 * "0"}),
+    ("DELETE", "/nodes/pve1/qemu/101", {"purge": 1}),
 )
 _CONFIG = "/nodes/{node}/qemu/{vmid}/config"
 #: What PVE 8.4 does not know though 9 does: (path, parameter), from both API viewers.

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pyinfra.api import StringCommand
 from pyinfra.api.state import StateStage
-from pyinfra.connectors.util import CommandOutput, OutputLine
 
 from inventory import GpulabError
 from operations.proxmox import vm
 from operations.proxmox.client import Client
+from operations.proxmox.node_shell import NodeShell
 
 from .conftest import Bench
+from .sites import add_task, own, root_on_the_node
 
 
 def read(api: Any) -> dict[str, Any]:
@@ -32,62 +31,7 @@ def use_mapping(api: Any) -> None:
 
 @pytest.fixture
 def node_shell(api: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The node's own SSH connection, with `qm` as root behind it; the commands that went over it."""
-    seen: list[str] = []
-
-    def run(self: Any, command: StringCommand, *_: Any, **__: Any) -> tuple[bool, CommandOutput]:
-        seen.append(command.get_raw_value())
-        try:
-            for line in command.get_raw_value().split(" && "):
-                words = shlex.split(line)
-                qm(api.root().nodes("pve1").qemu(words[2]), words[1], words[3:])
-        except Exception as error:
-            return False, CommandOutput([OutputLine("stderr", str(error))])
-        return True, CommandOutput([])
-
-    monkeypatch.setattr("connectors.node.NodeConnector.run_shell_command", run)
-    return seen
-
-
-def qm(one: Any, verb: str, words: list[str]) -> None:
-    options = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    match verb:
-        case "set":
-            one.config.put(**options)
-        case "unlock":
-            one.config.put(delete="lock", skiplock=1)
-        case "destroy":
-            one.delete()
-        case _:
-            raise ValueError(verb)
-
-
-def add_task(api: Any, kind: str, user: str = "", exitstatus: str | None = None) -> Any:
-    """A task on VM 101 in the node's list that no worker of the double stands behind."""
-    from rehearsal.pve.state import Task
-
-    now = int(time.time())
-    with api.lock:
-        pid = api.state.next_pid
-        api.state.next_pid += 1
-        task = Task(
-            upid=f"UPID:pve1:{pid:08X}:00000001:{now:08X}:{kind}:101:{user or own(api)}:",
-            node="pve1",
-            pid=pid,
-            pstart=1,
-            starttime=now,
-            type=kind,
-            id="101",
-            user=user or own(api),
-            endtime=None if exitstatus is None else now,
-            exitstatus=exitstatus,
-        )
-        api.state.tasks.append(task)
-    return task
-
-
-def own(api: Any) -> str:
-    return f"{api.user}!{api.token_name}"
+    return root_on_the_node(api, monkeypatch)
 
 
 def changing(api: Any) -> list[tuple[str, str]]:
@@ -190,14 +134,14 @@ def test_change_of_somebody_else_before_the_command_on_the_node_is_read_again(
     api.add_image()
     use_mapping(api)
     bench_of().apply(vm.create_or_update)
-    run = vm._NodeShell.run
+    run = NodeShell.run
 
     def slow(self: Any, *commands: Any) -> None:
         if not node_shell:
             api.api().nodes("pve1").qemu(101).config.put(cpulimit=3)
         run(self, *commands)
 
-    monkeypatch.setattr(vm._NodeShell, "run", slow)
+    monkeypatch.setattr(NodeShell, "run", slow)
     bench_of(affinity="0-1").apply(vm.create_or_update)
 
     assert (read(api)["affinity"], len(node_shell)) == ("0-1", 2)
@@ -325,6 +269,25 @@ def test_more_memory_than_the_node_has_is_refused(api: Any, bench_of: Callable[.
         bench.commands(vm.preflight)
 
 
+def test_storage_without_room_for_a_new_vm_is_refused(api: Any, bench_of: Callable[..., Bench]) -> None:
+    with api.lock:
+        api.state.storages["local-lvm"].total = 60 * 2**30
+
+    with pytest.raises(
+        GpulabError, match="pve1: storage local-lvm has 60 GiB left; the system disk of gpu01 needs 64 GiB"
+    ):
+        bench_of().commands(vm.preflight)
+    assert bench_of(system_disk_gib=60).commands(vm.preflight) == []
+
+
+def test_full_storage_is_no_reason_to_refuse_a_vm_that_exists(api: Any, bench: Bench) -> None:
+    api.add_vm(101, name="gpu01", tags="gpulab", scsi0="local-lvm:vm-101-disk-0")
+    with api.lock:
+        api.state.storages["local-lvm"].total = 32 * 2**30
+
+    assert bench.commands(vm.preflight) == []
+
+
 def test_all_is_well_after_installation(api: Any, bench: Bench) -> None:
     assert bench.commands(vm.preflight) == []
 
@@ -427,7 +390,7 @@ def test_task_of_somebody_else_is_described(api: Any, bench: Bench, monkeypatch:
     guest = _lab(bench).guests["gpu01"]
 
     with pytest.raises(GpulabError) as caught:
-        vm._await_idle(Client(_node(bench)), guest, _node(bench))
+        vm.await_idle(Client(_node(bench)), guest, _node(bench))
     assert "qmconfig of ann@pam!ci since " in str(caught.value)
     assert "vncproxy" not in str(caught.value)
 
@@ -445,8 +408,87 @@ def test_cut_off_creation_of_ours_is_cleared_over_ssh_and_made_anew(
 
     assert node_shell == ["qm unlock 101 && qm destroy 101"]
     assert read(api)["name"] == "gpu01"
+    assert "which it left" not in bench.plan
     assert "clear VM 101 on pve1, a creation of ours that was cut off" in bench.plan
     assert bench.commands(vm.create_or_update) == []
+
+
+def test_volumes_of_a_cut_off_creation_go_with_it_and_no_others(
+    api: Any, bench: Bench, node_shell: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    api.add_vm(101, lock="create")
+    began = add_task(api, "qmcreate", exitstatus="unexpected status").starttime
+    born = {
+        "local-lvm:vm-101-disk-0": began,
+        "local-lvm:vm-101-disk-1": began + 5,
+        "local-lvm:vm-101-cloudinit": began + 6,
+        # Somebody's: of before, another VM's, another's from its next start on, of another id, of no such name.
+        "local-lvm:vm-101-disk-2": began - 1,
+        "local-lvm:vm-101-disk-3": began + 5,
+        "local-lvm:vm-101-disk-4": began + 5,
+        "local-lvm:vm-1011-disk-0": began + 5,
+        "local-lvm:vm-101-state-x": began + 5,
+        "local:101/vm-101-disk-0.qcow2": began + 5,
+    }
+    api.add_vm(300, name="theirs", **{f"scsi{n}": volid for n, volid in enumerate(born)})
+    with api.lock:
+        for volume in api.state.volumes:
+            if volume.volid in born:
+                volume.ctime = born[volume.volid]
+                # PVE reads the owner from the name.
+                volume.vmid = 1011 if "1011" in volume.volid else 101
+        theirs = api.state.vms[300]
+        theirs.config = {"name": "theirs", "unused0": "local-lvm:vm-101-disk-3"}
+        theirs.pending = {"scsi5": "file=local-lvm:vm-101-disk-4,ssd=1"}
+
+    bench.commands(vm.create_or_update)
+    for line in (
+        "remove local-lvm:vm-101-disk-0, which it left",
+        "remove local-lvm:vm-101-disk-1, which it left",
+        "remove local-lvm:vm-101-cloudinit, which it left",
+        "leave local-lvm:vm-101-disk-2: it is older than the creation",
+        "leave local-lvm:vm-101-disk-3: VM 300 has it",
+        "leave local-lvm:vm-101-disk-4: VM 300 has it",
+    ):
+        assert line in bench.plan
+    bench.apply(vm.create_or_update)
+
+    freed = [word for word in node_shell[0].split(" && ") if word.startswith("pvesm")]
+    mine = ("local-lvm:vm-101-cloudinit", "local-lvm:vm-101-disk-0", "local-lvm:vm-101-disk-1")
+    assert freed == [f"pvesm free {volid}" for volid in mine]
+    assert node_shell[0].endswith(" && qm unlock 101 && qm destroy 101")
+    there = {volume.volid: volume.ctime for volume in api.state.volumes}
+    assert {volid: there[volid] for volid in born if volid not in mine} == {
+        volid: time_ for volid, time_ in born.items() if volid not in mine
+    }
+    assert read(api)["name"] == "gpu01"
+
+
+def test_volume_that_a_vm_of_a_dead_node_may_have_is_left(
+    api: Any, bench: Bench, node_shell: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.add_image()
+    use_mapping(api)
+    api.add_vm(101, scsi0="local-lvm:vm-101-disk-0")
+    with api.lock:
+        api.state.vms[101].config = {"lock": "create"}
+        next(each for each in api.state.volumes if each.vmid == 101).ctime = int(time.time()) + 60
+    add_task(api, "qmcreate", exitstatus="unexpected status")
+    get = Client.get
+    dead = {"type": "qemu", "vmid": 400, "node": "pve9", "status": "unknown"}
+
+    def with_the_dead(self: Client, *path: Any, **parameters: Any) -> Any:
+        found = get(self, *path, **parameters)
+        return [*found, dead] if path == ("cluster", "resources") else found
+
+    monkeypatch.setattr(Client, "get", with_the_dead)
+
+    bench.apply(vm.create_or_update)
+
+    assert "leave local-lvm:vm-101-disk-0: VM 400 on pve9 may have it, which does not answer" in bench.plan
+    assert node_shell[0] == "qm unlock 101 && qm destroy 101"
 
 
 @pytest.mark.parametrize("tasks", [[], ["ann@pam"], ["", "ann@pam"]], ids=["none", "another's", "another's last"])
@@ -486,6 +528,33 @@ def running_guest(api: Any, bench_of: Callable[..., Bench], **changes: Any) -> B
     return bench
 
 
+def test_vm_that_loses_our_tag_is_not_shut_down(api: Any, bench_of: Callable[..., Bench]) -> None:
+    """No digest goes with a start or a shutdown: the tag is looked at right before."""
+    bench = running_guest(api, bench_of, cores=1)
+    bench.apply(vm.create_or_update)
+    restart, _ = bench.commands(vm.started)
+    with api.lock:
+        api.state.vms[101].config["tags"] = "theirs"
+    api.requests.clear()
+
+    assert restart.execute(bench.state, bench.host, {}) is False
+    assert changing(api) == []
+
+
+def test_lost_answer_to_a_change_of_keys_is_decided_by_reading(api: Any, bench: Bench) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench.apply(vm.create_or_update)
+    api.api().nodes("pve1").qemu(101).config.put(cores=1)
+    api.requests.clear()
+    api.drop_reply("PUT", "/101/config$")
+
+    bench.apply(vm.create_or_update)
+
+    assert changing(api) == [("PUT", "/nodes/pve1/qemu/101/config")]
+    assert read(api)["cores"] == 2
+
+
 def test_plan_knows_that_a_change_needs_a_restart(api: Any, bench_of: Callable[..., Bench]) -> None:
     bench = running_guest(api, bench_of, cores=1, onboot=False)
 
@@ -505,15 +574,28 @@ def test_live_change_needs_no_restart(api: Any, bench_of: Callable[..., Bench]) 
 
 
 def test_change_that_needs_a_restart_waits_where_none_is_allowed(api: Any, bench_of: Callable[..., Bench]) -> None:
-    bench = running_guest(api, bench_of, cores=1, allow_reboot=False)
+    bench = running_guest(api, bench_of, cores=1, allow_restart=False)
     bench.apply(vm.create_or_update)
     assert bench.commands(vm.create_or_update) == []
 
     (refusal,) = bench.commands(vm.started)
-    assert "waits: gpu01 needs a restart for cores; allow_reboot is false" in bench.plan
+    assert "waits: gpu01 needs a restart for cores; allow_restart is false" in bench.plan
     assert "reboot: no" in bench.plan
-    assert refusal.execute(bench.state, bench.host, {}) is False
+    api.requests.clear()
+    # On every run.
+    for _ in range(2):
+        assert refusal.execute(bench.state, bench.host, {}) is False
+        (refusal,) = bench.commands(vm.started)
+    assert changing(api) == []
     assert api.api().nodes("pve1").qemu(101).status.current.get()["status"] == "running"
+
+
+def test_reboots_for_the_driver_are_another_matter(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, cores=1, allow_reboot=False)
+    bench.apply(vm.create_or_update)
+
+    assert len(bench.commands(vm.started)) == 2
+    assert "reboot: yes (a running VM cannot take cores)" in bench.plan
 
 
 def test_restart_applies_what_waits_and_then_nothing_does(api: Any, bench_of: Callable[..., Bench]) -> None:
@@ -564,8 +646,97 @@ def test_disks_grow_and_a_smaller_one_is_refused(api: Any, bench_of: Callable[..
     grown.apply(vm.create_or_update)
     assert "size=300G" in read(api)["scsi1"]
     assert "scsi1: grows to 300G" in grown.plan
-    with pytest.raises(GpulabError, match=r"data_disk.size_gib = 200: the disk on scsi1 has 300 GiB already"):
-        bench_of().commands(vm.create_or_update)
+    for smaller, message in (
+        ({}, r"data_disk.size_gib = 200: the disk on scsi1 has 300 GiB already"),
+        ({"data_disk": {"size_gib": 300}, "system_disk_gib": 63}, r"system_disk_gib = 63: the disk on scsi0 has 64"),
+    ):
+        api.requests.clear()
+        # The first step of a run refuses it, before a node or another guest has been changed.
+        for step in (vm.preflight, vm.create_or_update):
+            with pytest.raises(GpulabError, match=message):
+                bench_of(**smaller).commands(step)
+        assert changing(api) == []
+
+
+def test_only_a_rebuild_makes_a_smaller_system_disk(api: Any, bench_of: Callable[..., Bench]) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench_of().apply(vm.create_or_update)
+    smaller = bench_of(system_disk_gib=63)
+    smaller.host.connector.closed = True
+
+    assert smaller.commands(vm.preflight) == []
+    smaller = bench_of(system_disk_gib=63, data_disk={"size_gib": 199})
+    smaller.host.connector.closed = True
+    with pytest.raises(GpulabError, match=r"data_disk.size_gib = 199: the disk on scsi1 has 200 GiB already"):
+        smaller.commands(vm.preflight)
+
+
+def options_of(api: Any, disk: str, current: int = 0) -> set[str]:
+    found = api.api().nodes("pve1").qemu(101).config.get(current=current)
+    return set(str(found[disk]).split(","))
+
+
+def test_options_of_a_stopped_vms_disks_are_set_on_the_volumes_that_are_there(api: Any, bench: Bench) -> None:
+    api.add_image()
+    use_mapping(api)
+    bench.apply(vm.create_or_update)
+    one, before = api.api().nodes("pve1").qemu(101), read(api)
+    for disk in ("scsi0", "scsi1"):
+        one.config.put(**{disk: before[disk].replace("iothread=1", "cache=writeback").replace(",discard=on", "")})
+    volumes = sorted(volume.volid for volume in api.state.volumes)
+
+    bench.apply(vm.create_or_update)
+
+    assert "scsi0: local-lvm:vm-101-disk" in bench.plan
+    for disk in ("scsi0", "scsi1"):
+        assert options_of(api, disk) == {*before[disk].split(","), "cache=writeback"}
+    assert sorted(volume.volid for volume in api.state.volumes) == volumes
+    assert bench.commands(vm.create_or_update) == []
+
+
+def test_options_of_a_running_vms_disk_wait_for_its_restart(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of)
+    before = read(api)["scsi0"]
+    with api.lock:
+        api.state.vms[101].config["scsi0"] = before.replace(",ssd=1", "").replace("size=64G", "size=60G")
+    bench.commands(vm.create_or_update)
+    bench.commands(vm.started)
+    assert "reboot: yes (a running VM cannot take scsi0)" in bench.plan
+
+    bench.apply(vm.create_or_update)
+
+    # Grown first: what waits carries the new size, and nothing is left to do.
+    assert bench.commands(vm.create_or_update) == []
+    assert options_of(api, "scsi0", current=1) == {*before.split(",")} - {"ssd=1"}
+    restart, _ = bench.commands(vm.started)
+    assert restart.execute(bench.state, bench.host, {}) is True
+    assert options_of(api, "scsi0", current=1) == {*before.split(",")}
+    assert len(bench.commands(vm.started)) == 1
+
+
+def test_backups_of_a_running_vms_data_disk_need_no_restart(api: Any, bench_of: Callable[..., Bench]) -> None:
+    bench = running_guest(api, bench_of, data_disk={"backup": False})
+
+    bench.apply(vm.create_or_update)
+
+    assert "backup=0" in options_of(api, "scsi1", current=1)
+    assert len(bench.commands(vm.started)) == 1
+    assert "reboot: no" in bench.plan
+
+
+def test_disk_is_never_sent_with_another_volume_than_the_one_in_use(api: Any, bench_of: Callable[..., Bench]) -> None:
+    """Somebody has put another system disk in line for the next start."""
+    bench = running_guest(api, bench_of)
+    before = read(api)["scsi0"]
+    with api.lock:
+        api.state.vms[101].pending["scsi0"] = "local-lvm:vm-101-disk-77,size=64G"
+    api.requests.clear()
+
+    with pytest.raises(AssertionError, match=r"scsi0 of VM 101 is .*, and \S+:vm-101-disk-77 waits to take its"):
+        bench.apply(vm.create_or_update)
+    assert changing(api) == []
+    assert api.state.vms[101].config["scsi0"] == before
 
 
 def test_image_is_downloaded_once(api: Any, bench: Bench) -> None:

@@ -27,6 +27,7 @@ def pyinfra(bench: Bench, *words: str, lab: str | None = None) -> subprocess.Com
         '"places"': json.dumps(
             {"0000:01:00": {"path": "0000:01:00", "id": "10de:24b0", "subsystem_id": "10de:14ad", "iommu_group": 14}}
         ),
+        "/cluster/backup": "[]",
         '"paths"': json.dumps({"/var/lib/vz/snippets/gpulab-vendor.yaml": None}),
     }
     path = bench.folder / "lab.py"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inventory import GpulabError
 from operations.containers.container import decide
-from operations.containers.engine import SETTINGS, daemon_settings
+from operations.containers.engine import SETTINGS, daemon_settings, mount_unit
 from operations.containers.ollama import full_name, missing_models, ollama_spec
 from operations.containers.spec import ContainerSpec, difference, familiar
 
@@ -136,3 +136,29 @@ def test_daemon_settings_keep_foreign_keys_and_settle_at_once(current: dict[str,
     assert all(merged[key] == value for key, value in current.items() if key not in SETTINGS)
     assert merged["features"]["cdi"] is True
     assert merged["log-opts"] == SETTINGS["log-opts"]
+
+
+def test_container_without_a_folder_on_its_disk_is_bound_to_one() -> None:
+    """The engine would start it without the disk otherwise: it obeys its restart policy at each boot."""
+    bound = replace(SPEC, volumes={"/etc/web": "/etc/web"}, mounts=("/srv/data",))
+    mark = "--mount=type=bind,source=/srv/data/.gpulab,target=/run/gpulab/srv/data,readonly"
+
+    assert mark in bound.create()
+    assert "/srv/data/.gpulab" in bound.folders()
+    assert mark not in replace(SPEC, mounts=("/srv/data",)).create()
+    assert mark in replace(SPEC, volumes={"/srv/data2": "/data"}, mounts=("/srv/data",)).create()
+
+
+@pytest.mark.parametrize(
+    ("path", "unit"),
+    [
+        ("/srv/data", "srv-data.mount"),
+        ("/srv/data/", "srv-data.mount"),
+        ("/srv/my-data", "srv-my\\x2ddata.mount"),
+        ("/.data/a.b", "\\x2edata-a.b.mount"),
+        ("/", "-.mount"),
+    ],
+)
+def test_unit_of_a_mount_point(path: str, unit: str) -> None:
+    """As systemd-escape has it."""
+    assert mount_unit(path) == unit

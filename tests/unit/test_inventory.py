@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import inventory
@@ -33,7 +35,7 @@ FIRST = {"address": "192.0.2.101/24", "gateway": "192.0.2.1"}
 CARDS = {"address": None, "gateway": None}
 
 
-def lab_file(folder: Path, nodes: dict[str, object] | None = None, guests: dict[str, object] | None = None) -> Path:
+def lab_file(folder: Path, nodes: Mapping[str, Any] | None = None, guests: Mapping[str, Any] | None = None) -> Path:
     path = folder / "lab.py"
     hosts = {
         "nodes": [(f"@node/{name}", data) for name, data in ({"pve1": NODE} if nodes is None else nodes).items()],
@@ -251,6 +253,126 @@ def test_two_guests_share_no_id_address_or_gpu(tmp_path: Path, key: str) -> None
     message = refused(lab_file(tmp_path, guests={"gpu01": GUEST, "gpu02": other}))
 
     assert re.search(rf"gpu02: {key} = .*: already used by gpu01", message)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "used"),
+    [
+        (101, {}, "the vmid of gpu01"),
+        (102, {}, "the vmid of gpu02"),
+        (903, {"backup": {"spare_vmid": 903}}, "the spare_vmid of gpu02"),
+        (904, {"keeper_vmid": 904}, "the keeper_vmid of gpu02"),
+    ],
+)
+def test_keeper_has_an_id_of_its_own(tmp_path: Path, mine: int, other: dict[str, Any], used: str) -> None:
+    second = {**GUEST, "vmid": 102, "address": "192.0.2.102/24", "gpu": None, **other}
+    guests = {"gpu01": {**GUEST, "keeper_vmid": mine}, "gpu02": second}
+
+    message = refused(lab_file(tmp_path, guests=guests))
+    assert f"gpu01: keeper_vmid = {mine}: expected an id that nothing else has; it is {used}" in message
+    guests["gpu01"]["keeper_vmid"] = 950
+    assert inventory.load(lab_file(tmp_path, guests=guests)).guests["gpu01"].keeper_vmid == 950
+
+
+def with_mac(mac: str, number: int, **card: Any) -> dict[str, Any]:
+    """A guest with a second card of that MAC address."""
+    address = {"address": f"192.0.2.{100 + number}/24", "gateway": "192.0.2.1"}
+    return {**GUEST, **CARDS, "vmid": 100 + number, "gpu": None, "networks": [address, {"mac": mac, **card}]}
+
+
+def test_two_guests_share_no_mac_on_a_bridge(tmp_path: Path) -> None:
+    one = with_mac("bc:24:11:00:00:02", 1)
+
+    assert (
+        "gpu02: networks.1.mac = 'BC:24:11:00:00:02': already used by gpu01 on vmbr0; expected another one"
+    ) in refused(lab_file(tmp_path, guests={"gpu01": one, "gpu02": with_mac("BC:24:11:00:00:02", 2)}))
+    # Another bridge is another network.
+    assert inventory.load(
+        lab_file(tmp_path, guests={"gpu01": one, "gpu02": with_mac("BC:24:11:00:00:02", 2, bridge="vmbr1")})
+    )
+
+
+def test_nodes_of_one_cluster_share_a_bridge_by_its_name(tmp_path: Path) -> None:
+    one, other = with_mac("bc:24:11:00:00:02", 1), {**with_mac("bc:24:11:00:00:02", 2), "node": "pve2"}
+    guests: dict[str, object] = {"gpu01": one, "gpu02": other}
+
+    assert inventory.load(lab_file(tmp_path, {"pve1": NODE, "pve2": {**NODE, "ssh_hostname": "192.0.2.12"}}, guests))
+    nodes: dict[str, object] = {name: {**NODE, "cluster": "lab"} for name in ("pve1", "pve2")}
+    assert "gpu02: networks.1.mac = 'bc:24:11:00:00:02': already used by gpu01" in refused(
+        lab_file(tmp_path, nodes, guests)
+    )
+
+
+def node_with(pages: dict[str, object] | None) -> dict[str, Any]:
+    devices = [{"name": "a4000", "address": "0000:01:00"}, {"name": "second", "address": "0000:02:00"}]
+    return {**NODE, "passthrough": {"devices": devices, **({} if pages is None else {"hugepages": pages})}}
+
+
+@pytest.mark.parametrize(
+    ("pages", "wanted", "expected"),
+    [
+        (
+            None,
+            "1G",
+            "gpu01: hugepages = '1G': pve1 sets no huge pages aside; expected `passthrough.hugepages` of pve1",
+        ),
+        (None, "any", "gpu01: hugepages = 'any': pve1 sets no huge pages aside"),
+        (
+            {"size": "2M", "count": 20000},
+            "1G",
+            "gpu01: hugepages = '1G': pve1 sets aside pages of 2M; expected '2M' (or another passthrough",
+        ),
+        ({"size": "1G", "count": 40}, "2M", "gpu01: hugepages = '2M': pve1 sets aside pages of 1G; expected '1G'"),
+        (
+            {"size": "1G", "count": 31},
+            "1G",
+            "pve1: passthrough.hugepages.count = 31: 31744 MiB, and its guests take gpu01 16384 + gpu02 16384 = "
+            "32768 MiB; expected at least 32",
+        ),
+        ({"size": "2M", "count": 16383}, "any", "= 32768 MiB; expected at least 16384"),
+        ({"size": "1G", "count": 32}, "1G", None),
+        ({"size": "2M", "count": 16384}, "any", None),
+    ],
+)
+def test_huge_pages_come_out_of_what_the_node_sets_aside(
+    tmp_path: Path, pages: dict[str, object] | None, wanted: str, expected: str | None
+) -> None:
+    one = {**GUEST, "numa": True, "hugepages": wanted}
+    other = {**one, "vmid": 102, "address": "192.0.2.102/24", "gpu": "second"}
+    path = lab_file(tmp_path, {"pve1": node_with(pages)}, {"gpu01": one, "gpu02": other})
+
+    if expected is None:
+        assert inventory.load(path)
+    else:
+        assert expected in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "word", "of"),
+    [
+        ("deploy.py", "rollback", "rebuild.py"),
+        ("deploy.py", "take_over", "rebuild.py"),
+        ("deploy.py", "keep_old", "rebuild.py"),
+        ("deploy.py", "destroy", "rebuild.py"),
+        ("deploy.py", "keep", "restore.py"),
+        ("restore.py", "confirm", "rebuild.py"),
+        ("rebuild.py", "fresh", "restore.py"),
+        ("rebuild.py", "rollback", None),
+        ("rebuild.py", "keep_old", None),
+        ("restore.py", "archive", None),
+        ("operations.proxmox.access.bootstrap", "rollback", None),
+    ],
+)
+def test_word_of_another_program_is_refused(program: str, word: str, of: str | None) -> None:
+    with click.Context(click.Command("pyinfra")) as command:
+        command.params = {"operations": (f"some/where/{program}",)}
+        if of is None:
+            inventory._check_words([word, "cores"])
+            return
+        with pytest.raises(InventoryError) as caught:
+            inventory._check_words(["cores", word])
+    assert f"--data {word}=…: {program} does nothing with it" in str(caught.value)
+    assert f"it is for {of} --limit GUEST" in str(caught.value)
 
 
 def test_two_standalone_nodes_may_use_one_vmid(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ options = st.fixed_dictionaries(
         "searchdomain": st.just("lab.example"),
         "networks": networks,
         "system_disk_gib": st.sampled_from([64, 96]),
+        "data_disk": st.sampled_from([{}, {"backup": False}, {"backup": True}]),
     },
 )
 guests = st.builds(lambda some, more: guest(**some, **more), options, numa)
@@ -108,9 +109,20 @@ def _rewritten(key: str, value: str, draw: Any) -> Any:
         model, *rest = value.split(",")
         card = model if "=" in model else f"{model}={draw(macs).upper()}"
         return ",".join([card, *sorted(rest)])
+    if re.fullmatch(r"scsi\d", key):
+        volume, *rest = value.split(",")
+        return ",".join([volume.removeprefix("file="), *sorted(as_numbers(word) for word in rest)])
     if key in SHORT or re.fullmatch(r"(hostpci|ipconfig|numa)\d|startup", key):
         return _another_form(key, value, draw)
     return value
+
+
+def as_numbers(option: str) -> str:
+    """on and off of a disk's booleans are read back as 1 and 0; `discard` is a word of its own."""
+    name, _, text = option.partition("=")
+    if name not in ("iothread", "ssd", "backup"):
+        return option
+    return f"{name}={int(text in TRUE)}"
 
 
 def _another_form(key: str, value: str, draw: Any) -> str:
@@ -126,13 +138,26 @@ def _another_form(key: str, value: str, draw: Any) -> str:
     return ",".join(words)
 
 
+def disk_as_read(volume: str, size: str, backed_up: bool, draw: Any) -> str:
+    """A disk with our options in whatever form, and with options of somebody else."""
+    true = st.sampled_from(TRUE)
+    words = [f"discard={draw(true)}", f"iothread={draw(true)}", f"ssd={draw(true)}", f"size={size}"]
+    words += draw(st.sampled_from([[], [f"backup={draw(true)}"]])) if backed_up else [f"backup={draw(others_words)}"]
+    words += draw(st.lists(st.sampled_from(OTHERS_OPTIONS), unique=True, max_size=2))
+    return ",".join([draw(st.sampled_from(["", "file="])) + volume, *draw(st.permutations(words))])
+
+
+others_words = st.sampled_from(FALSE)
+OTHERS_OPTIONS = ("cache=writeback", "aio=native", "mbps_rd=10")
+
+
 def as_read(declared: Guest, draw: Any) -> dict[str, Any]:
     """A VM that was made as declared, as GET config shows it."""
     keys = {**config.declared(declared, NODE), **config.root_declared(declared)}
     return {
         **pve_rewrite(keys, draw),
-        "scsi0": f"local-lvm:vm-101-disk-1,discard=on,iothread=1,size={declared.system_disk_gib}G,ssd=1",
-        "scsi1": "local-zfs:vm-101-disk-2,size=204800M,ssd=1",
+        "scsi0": disk_as_read("local-lvm:vm-101-disk-1", f"{declared.system_disk_gib}G", True, draw),
+        "scsi1": disk_as_read("local-zfs:vm-101-disk-2", "204800M", declared.data_disk.backup, draw),
         "efidisk0": "local-lvm:vm-101-disk-0,efitype=4m,pre-enrolled-keys=0,size=4M",
         "ide2": "local-lvm:vm-101-cloudinit,media=cdrom,size=4M",
         "smbios1": "uuid=00000000-0000-0000-0000-000000000002",
@@ -174,11 +199,79 @@ def test_change_keeps_addresses_of_cards_and_what_nobody_declared(
     )
 
     assert not {"usb0", "cpulimit", "smbios1", "vmgenid", "meta"} & set(change.keys)
-    assert not [key for key in change.keys if re.match("scsi[0-9]|ide|efidisk|unused", key)]
+    assert not [key for key in change.keys if re.match("scsi[0-9]|ide|efidisk|unused", key) and key not in change.disks]
     for number, card in enumerate(after.cards):
         sent, old = change.setting.get(f"net{number}"), str(found.get(f"net{number}", ""))
         if sent is not None and old and card.mac is None:
             assert sent.split(",")[0] == old.split(",")[0]
+
+
+DISK_WORDS = {
+    "discard": st.sampled_from(["on", "ignore"]),
+    "iothread": st.sampled_from([*TRUE, *FALSE]),
+    "ssd": st.sampled_from([*TRUE, *FALSE]),
+    "backup": st.sampled_from([*TRUE, *FALSE]),
+    "cache": st.sampled_from(["none", "writeback"]),
+    "aio": st.sampled_from(["native", "io_uring"]),
+    "mbps_rd": st.just("10"),
+}
+disk_options = st.fixed_dictionaries({}, optional=DISK_WORDS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(disk_options, disk_options, st.booleans(), st.booleans(), st.data())
+def test_options_of_disks_settle_on_the_volume_that_is_there(
+    system: dict[str, str], data_disk: dict[str, str], in_backups: bool, backups: bool, data: st.DataObject
+) -> None:
+    """Options that nobody declares stay as they are, and so do the sizes."""
+    wanted = guest(data_disk={"backup": in_backups}, **({"backup": {"spare_vmid": 900}} if backups else {}))
+    found = {}
+    for key, options in (("scsi0", system), ("scsi1", data_disk)):
+        size = "size=64G" if key == "scsi0" else "size=200G"
+        words = data.draw(st.permutations([*(f"{name}={text}" for name, text in options.items()), size]))
+        found[key] = ",".join([f"local-lvm:vm-101-{key}", *words])
+
+    change = config.change(found, wanted, NODE)
+    assert not {"scsi0", "scsi1"} & {*change.setting, *change.deleting}
+    now = {**found, **pve_rewrite(dict(change.disks), data.draw)}
+
+    assert not config.change(now, wanted, NODE).disks
+    for key, options in (("scsi0", system), ("scsi1", data_disk)):
+        before, after = found[key].split(","), now[key].split(",")
+        assert after[0] == before[0]
+        kept = [name for name in options if name in ("cache", "aio", "mbps_rd")]
+        kept += ["backup"] if key == "scsi0" or (in_backups and not backups) else []
+        for name in (*kept, "size"):
+            values = [[as_numbers(word) for word in disk if word.startswith(f"{name}=")] for disk in (before, after)]
+            assert values[0] == values[1]
+        assert {"discard=on", "iothread=1", "ssd=1"} <= {as_numbers(word) for word in after}
+    assert ("backup=0" in map(as_numbers, now["scsi1"].split(","))) == (
+        not in_backups or (not backups and data_disk.get("backup") in FALSE)
+    )
+
+
+def test_what_a_running_vm_takes_of_a_disk_is_known_beforehand() -> None:
+    plain = "local-lvm:vm-101-disk-2,discard=on,iothread=1,size=200G,ssd=1"
+    left_out = guest(data_disk={"backup": False})
+
+    assert config.change({**config.declared(left_out, NODE), "scsi1": plain}, left_out, NODE).restart == []
+    other = plain.replace("iothread=1,", "")
+    assert config.change({**config.declared(left_out, NODE), "scsi1": other}, left_out, NODE).restart == ["scsi1"]
+
+
+@pytest.mark.parametrize(
+    ("value", "pending", "expected"),
+    [
+        ("l:vm-101-disk-1,ssd=1", "l:vm-101-disk-1,discard=on,ssd=1", ["scsi0"]),
+        # Another volume is nobody's but whoever put it there.
+        ("l:vm-101-disk-1,ssd=1", "l:vm-101-disk-7,discard=on,ssd=1", []),
+        ("l:vm-101-disk-1,ssd=1", "file=l:vm-101-disk-1,ssd=on,backup=1", []),
+    ],
+)
+def test_options_that_wait_are_ours_and_volumes_are_not(value: str, pending: str, expected: list[str]) -> None:
+    entry = {"key": "scsi0", "value": value, "pending": pending}
+
+    assert config.own_disks_waiting([entry, {"key": "scsi4", "value": "a:b", "pending": "a:b,ssd=1"}]) == expected
 
 
 @given(guests)

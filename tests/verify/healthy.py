@@ -54,6 +54,7 @@ GUEST: dict[str, Any] = {
     "description": "The lab's GPU.",
     "ssh_public_key": "ssh-ed25519 AAAA user@host",
     "image": {"url": "https://images.example/debian.qcow2", "checksum": "sha256:" + 64 * "a", "filename": "d.qcow2"},
+    "backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}, "spare_vmid": 901},
     "services": {"ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"]}},
 }
 
@@ -154,6 +155,23 @@ def healthy() -> dict[str, Any]:
             },
             "mapping": ["id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"],
         },
+        "backup": {
+            "job": {
+                "id": "gpulab-gpu01",
+                "type": "vzdump",
+                "enabled": 1,
+                "schedule": "sun 02:30",
+                "storage": "nas",
+                "vmid": "101",
+                "node": "pve1",
+                "mode": "snapshot",
+                "prune-backups": {"keep-monthly": "6", "keep-last": "3"},
+            },
+            "backups": [stored(now - 90 * 3600), stored(now - 3600)],
+            "error": "",
+            "meta": f"creation-qemu=10.1.2,ctime={int(now) - 900 * 3600}",
+            "now": now,
+        },
         "system": {
             "addresses": ["127.0.0.1/8", "192.0.2.101/24"],
             "data": {
@@ -163,6 +181,7 @@ def healthy() -> dict[str, Any]:
                 "uuid": "1b2c",
                 "size_bytes": 200 * 2**30,
                 "fstab": "UUID=1b2c",
+                "beneath": {"entries": [], "immutable": True},
             },
             "packages": dict.fromkeys(
                 ("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-timesyncd"), "1"
@@ -203,6 +222,17 @@ def healthy() -> dict[str, Any]:
         "containers": {
             "engine": {"active": "active", "version": "26.1.5", "cdi_folders": ["/etc/cdi", "/var/run/cdi"]},
             "cdi": CDI,
+            "data": {
+                "mounted": True,
+                "containers": [
+                    {
+                        "name": "ollama",
+                        "running": True,
+                        "folders": [{"source": "/srv/data/ollama", "written": True, "on_data_disk": True}],
+                    }
+                ],
+                "bound": ["gpulab-containers.service", "gpulab-data-disk.service"],
+            },
             "service": {
                 "exists": True,
                 "running": True,
@@ -238,6 +268,12 @@ def function(
         "bridge": bridge,
         "reset_methods": reset_methods,
     }
+
+
+def stored(ctime: float, **keys: Any) -> dict[str, Any]:
+    """A backup of VM 101 as the node's script describes it."""
+    volid = f"nas:backup/vzdump-qemu-101-{int(ctime)}.vma.zst"
+    return {"volid": volid, "ctime": int(ctime), "size": 2**30, "verification": None, **keys}
 
 
 def ps_entry(size_vram: int) -> dict[str, Any]:

@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.verify.healthy import PASSTHROUGH, WORDS, Doctored, function, healthy, lab_file, ps_entry, verify
+from tests.verify.healthy import (
+    PASSTHROUGH,
+    WORDS,
+    Doctored,
+    function,
+    healthy,
+    lab_file,
+    ps_entry,
+    stored,
+    verify,
+)
 
 #: Check id -> the place in the observations, what stands there instead, and the checks that are then not run.
 Case = tuple[str, str, Any, set[str]]
@@ -25,6 +36,10 @@ VM = {f"vm.{name}" for name in NEED_VM}
 GPU = {f"nvidia.gpu.{name}" for name in ["memory", "link", "persistence", "memory_health"]}
 OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
 SERVICE = OLLAMA | {"containers.ollama.running", "containers.ollama.image", "containers.ollama.storage"}
+
+RUNNING = {"name": "web", "running": True}
+HERE = {"source": "/srv/data/web", "written": True, "on_data_disk": True}
+ELSEWHERE = {"source": "/srv/web", "written": True, "on_data_disk": False}
 
 CASES: list[Case] = [
     ("hypervisor.reachable", "reach", {"error": "pve1: no SSH", "fix": "look"}, set()),
@@ -116,6 +131,20 @@ CASES: list[Case] = [
     ("vm.labels", "vm.config.description", "Another.", set()),
     ("vm.disks", "vm.config.scsi1", "local-lvm:vm-101-disk-1,size=20G", set()),
     ("vm.disks", "vm.config.scsi0", "", set()),
+    ("vm.backup.job", "backup.job", None, set()),
+    ("vm.backup.job", "backup.job.enabled", 0, set()),
+    ("vm.backup.job", "backup.job.schedule", "sat 02:30", set()),
+    ("vm.backup.job", "backup.job.storage", "local", set()),
+    ("vm.backup.job", "backup.job.mode", "stop", set()),
+    ("vm.backup.job", "backup.job.vmid", "1010,102", set()),
+    ("vm.backup.job", "backup.job.node", "pve2", set()),
+    ("vm.backup.job", "backup.job.prune-backups", {"keep-last": "3"}, set()),
+    ("vm.backup.job", "backup.job.prune-backups", "keep-all=1", set()),
+    ("vm.backup.age", "backup.backups", [], set()),
+    ("vm.backup.age", "backup.backups", [stored(0)], set()),
+    ("vm.backup.age", "backup.backups", [stored(time.time(), size=0)], set()),
+    ("vm.backup.age", "backup.backups", [stored(time.time(), verification="failed")], set()),
+    ("vm.backup.age", "backup.error", "storage 'nas' is not online", set()),
     ("vm.mapping", "vm.mapping", None, set()),
     ("vm.mapping", "vm.mapping", ["id=10de:24b0,node=pve1,path=0000:41:00"], set()),
     ("vm.mapping", "vm.mapping", ["id=10de:2531,node=pve1,path=0000:01:00"], set()),
@@ -126,6 +155,9 @@ CASES: list[Case] = [
     ("system.time", "system.began", 2e9, set()),
     ("system.data_disk", "system.data.separate", False, set()),
     ("system.data_disk", "system.data.source", None, {"system.data_disk.size"}),
+    ("system.data_disk.beneath", "system.data.beneath", None, set()),
+    ("system.data_disk.beneath", "system.data.beneath", {"entries": ["ollama"], "immutable": True}, set()),
+    ("system.data_disk.beneath", "system.data.beneath.immutable", False, set()),
     ("system.data_disk.size", "system.data.size_bytes", 2**30, set()),
     ("system.data_disk.fstab", "system.data.fstab", None, set()),
     ("system.data_disk.fstab", "system.data.fstab", "/dev/sdb", set()),
@@ -153,8 +185,18 @@ CASES: list[Case] = [
         "containers.engine.active",
         "containers.engine",
         {"active": "failed", "version": None},
-        SERVICE | {"containers.cdi"},
+        SERVICE | {"containers.cdi", *(f"containers.data_disk.{name}" for name in ["required", "folders", "bound"])},
     ),
+    (
+        "containers.data_disk.required",
+        "containers.data.mounted",
+        False,
+        {"containers.data_disk.folders", "containers.data_disk.bound"},
+    ),
+    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": []}], set()),
+    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": [ELSEWHERE]}], set()),
+    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": [HERE, ELSEWHERE]}], set()),
+    ("containers.data_disk.bound", "containers.data.bound", ["gpulab-containers.service"], set()),
     ("containers.cdi", "containers.cdi", ["vendor.example/gpu=0"], set()),
     ("containers.cdi", "containers.engine.cdi_folders", [], set()),
     ("containers.ollama.running", "containers.service.running", False, OLLAMA),
@@ -274,6 +316,39 @@ def test_no_declared_model_is_not_run(tmp_path: Path) -> None:
     assert run.status == 2
 
 
+def test_guest_without_declared_backup_has_no_backup_checks(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path, guest={"backup": None}), plugin=Doctored(healthy()))
+
+    assert run.status == 0
+    assert not [id_ for id_ in run.ids("pass") if id_.startswith("vm.backup.")]
+
+
+def test_young_vm_needs_no_backup_yet_and_says_so(tmp_path: Path) -> None:
+    observations = healthy()
+    now = observations["backup"]["now"]
+    observations["backup"] |= {"backups": [], "meta": f"creation-qemu=10.1.2,ctime={int(now) - 2 * 3600}"}
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.result("vm.backup.age")["verdict"] == "pass"
+    assert run.result("vm.backup.age")["message"] == "no backup yet: the VM is 2.0 h old"
+
+
+@pytest.mark.parametrize(("hours", "status"), [(26.1, 1), (25.9, 0), (30, 0)])
+def test_age_is_measured_against_what_is_declared(tmp_path: Path, hours: float, status: int) -> None:
+    observations = healthy()
+    observations["backup"]["backups"] = [stored(observations["backup"]["now"] - hours * 3600)]
+    limit = {"max_age_h": 31.0} if hours == 30 else {}
+    guest = {"backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}} | limit}
+    guest["backup"]["spare_vmid"] = 901
+
+    run = verify(lab_file(tmp_path, guest=guest), "-k", "vm.backup", plugin=Doctored(observations))
+
+    assert run.status == status
+    if status:
+        assert "is 26.1 h old, expected at most 26 h" in run.result("vm.backup.age")["message"]
+
+
 def passthrough(**keys: Any) -> dict[str, Any]:
     """The keys of a node with other passthrough settings."""
     return {"passthrough": {**PASSTHROUGH, **keys}}
@@ -292,6 +367,8 @@ def unprepared() -> dict[str, Any]:
     node["parameters"] = dict.fromkeys(node["parameters"])
     node["next_boot"] |= {"cmdline": "root=/dev/sda1 ro quiet", "pinned": None}
     node["next_boot"]["initramfs"] |= node["modprobe"]
+    # Nobody sets pages aside for it.
+    del observations["vm"]["config"]["hugepages"]
     return observations
 
 
@@ -299,7 +376,9 @@ def test_declared_options_are_not_asked_for_when_switched_off(tmp_path: Path) ->
     observations = unprepared()
     observations["hypervisor"]["devices"]["0000:02:00.0"]["group"] = "14"
 
-    run = verify(lab_file(tmp_path, node=bare(allow_shared_group=True)), plugin=Doctored(observations))
+    run = verify(
+        lab_file(tmp_path, node=bare(allow_shared_group=True), guest={"hugepages": None}), plugin=Doctored(observations)
+    )
 
     assert (run.status, run.ids("fail")) == (0, set())
     assert run.result("hypervisor.hugepages")["message"] == "none declared"
@@ -309,7 +388,7 @@ def test_declared_options_are_not_asked_for_when_switched_off(tmp_path: Path) ->
 def test_old_kernel_needs_the_word_for_the_iommu_of_intel(tmp_path: Path) -> None:
     observations = unprepared()
     observations["hypervisor"]["kernel"] = observations["hypervisor"]["next_boot"]["kernel"] = "6.5.13-1-pve"
-    lab = lab_file(tmp_path, node=bare())
+    lab = lab_file(tmp_path, node=bare(), guest={"hugepages": None})
 
     assert verify(lab, plugin=Doctored(observations)).ids("fail") == {
         "hypervisor.cmdline",
@@ -324,7 +403,7 @@ def test_new_kernel_is_judged_before_the_reboot(tmp_path: Path) -> None:
     observations = unprepared()
     observations["hypervisor"]["next_boot"] |= {"kernel": "6.17.2-1-pve", "vfio": None}
 
-    run = verify(lab_file(tmp_path, node=bare()), plugin=Doctored(observations))
+    run = verify(lab_file(tmp_path, node=bare(), guest={"hugepages": None}), plugin=Doctored(observations))
 
     assert run.ids("fail") == {"hypervisor.next_boot.kernel", "hypervisor.reboot_pending"}
     assert "kernel 6.17.2-1-pve in place of 6.14.8-2-pve" in run.result("hypervisor.reboot_pending")["message"]

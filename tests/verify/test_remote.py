@@ -18,6 +18,7 @@ from verify.containers import remote as containers
 from verify.hypervisor import remote as hypervisor
 from verify.nvidia import remote as nvidia
 from verify.system import remote as system
+from verify.vm import remote as vm
 
 VFIO = "options vfio-pci disable_idle_d3=1\nblacklist nouveau\n"
 OPTIONS = {"vfio_pci": {"disable_idle_d3": "1"}}
@@ -461,7 +462,7 @@ def test_nothing_mounted(tmp_path: Path) -> None:
     put(tmp_path, "proc/self/mountinfo", MOUNTINFO)
     put(tmp_path, "etc/fstab", "# UUID=2 /srv/other ext4 defaults 0 2\n")
 
-    assert system.data_disk(tmp_path, "/srv/other") == {"fstab": None, "source": None}
+    assert system.data_disk(tmp_path, "/srv/other") == {"fstab": None, "source": None, "beneath": None}
 
 
 # Driver and GPU.
@@ -673,6 +674,14 @@ END
 "image inspect sha256:1")
     echo '[{"RepoDigests": ["lab/ollama@sha256:2"], "Config": {"Labels": {"org.gpulab.stand-in": "simulated"}}}]';;
 "exec ollama nvidia-smi -L") echo "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)";;
+"ps --all --quiet --no-trunc --filter label=org.gpulab.service") echo "1 2";;
+"inspect --type container 1 2") cat <<'END'
+[{"Name": "/ollama", "State": {"Running": true},
+  "Mounts": [{"Type": "bind", "Source": "DATA/ollama", "RW": true}, {"Type": "tmpfs", "Source": "", "RW": true},
+             {"Type": "bind", "Source": "/etc/os-release", "RW": false}, {"Type": "bind", "Source": "DATA/gone"}]},
+ {"Name": "/web.new", "State": {"Running": false}, "Mounts": []}]
+END
+;;
 *) echo "Error: No such object" >&2; echo "[]"; exit 1;;
 esac
 """
@@ -700,3 +709,54 @@ def test_absent_service_is_seen_as_absent(tmp_path: Path, docker: None) -> None:
     found = containers.observe({"container": "milvus", "port": 9, "mount": "/srv"}, tmp_path)
 
     assert found["service"] == {"exists": False, "running": False, "listens": []}
+
+
+def test_containers_of_ours_are_read_with_the_folders_they_see(
+    tmp_path: Path, docker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    (data / "ollama").mkdir(parents=True)
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(data))
+    tool = tmp_path / "bin/docker"
+    tool.write_text(DOCKER.replace("DATA", str(data)))
+
+    ollama, web = containers.ours(str(data))
+
+    assert (ollama["name"], ollama["running"], web["name"], web["running"]) == ("ollama", True, "web.new", False)
+    seen = [(folder["source"].rpartition("/")[2], folder["written"]) for folder in ollama["folders"]]
+    assert seen == [("ollama", True), ("os-release", False), ("gone", True)]
+    # The test's folder and /etc may share a file system; one that is not there lies nowhere.
+    assert [folder["on_data_disk"] for folder in ollama["folders"]][::2] == [True, False]
+    monkeypatch.setattr("os.path.ismount", lambda path: False)
+    assert not any(folder["on_data_disk"] for folder in containers.ours(str(data))[0]["folders"])
+
+
+# Backups.
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_jobs_and_backups_are_read_through_pvesh(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    jobs = '[{"id": "gpulab-gpu010"}, {"id": "gpulab-gpu01", "enabled": 1}]'
+    stored = '[{"volid": "nas:a", "ctime": 5, "size": 7, "verification": {"state": "failed"}}, {"volid": "nas:b"}]'
+
+    def run(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        match words[2].rpartition("/")[2]:
+            case "backup":
+                return subprocess.CompletedProcess(words, 0, jobs, "")
+            case "content" if there:
+                assert words[3:7] == ["--content", "backup", "--vmid", "101"]
+                return subprocess.CompletedProcess(words, 0, stored, "")
+            case "config" if there:
+                return subprocess.CompletedProcess(words, 0, '{"meta": "creation-qemu=10.1.2,ctime=9"}', "")
+        return subprocess.CompletedProcess(words, 2, "", "Configuration file 'x' does not exist\n")
+
+    monkeypatch.setattr(vm.subprocess, "run", run)
+    found = vm.observe("gpulab-gpu01" if there else "gpulab-gpu02", "nas", 101)
+
+    if there:
+        assert found["job"] == {"id": "gpulab-gpu01", "enabled": 1}
+        assert [(each["size"], each["verification"]) for each in found["backups"]] == [(7, "failed"), (0, None)]
+        assert (found["error"], found["meta"]) == ("", "creation-qemu=10.1.2,ctime=9")
+    else:
+        assert (found["job"], found["backups"], found["meta"]) == (None, [], None)
+        assert found["error"] == "Configuration file 'x' does not exist"

@@ -15,6 +15,8 @@ from typing import Any
 
 #: The label of an image that stands in for the real one.
 STAND_IN = "org.gpulab.stand-in"
+#: The label of a container of ours: the name of its service.
+SERVICE = "org.gpulab.service"
 #: The state LISTEN in /proc/net/tcp.
 LISTEN = "0A"
 
@@ -35,6 +37,11 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
         },
         "cdi": devices,
         "service": service,
+        "data": {
+            "mounted": os.path.ismount(arguments["mount"]),
+            "containers": ours(arguments["mount"]),
+            "bound": bound_units(arguments["mount"]),
+        },
         "simulated": [source for source, text in says.items() if "simulated" in text.lower()],
     }
 
@@ -87,6 +94,40 @@ def container(root: Path, name: str, port: int, mount: str) -> dict[str, Any]:
     return found
 
 
+def ours(data: str) -> list[dict[str, Any]]:
+    """Every container of ours, whatever its state, with the folders of the guest that it sees."""
+    ids = output(["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={SERVICE}"]).split()
+    inspected = (as_json(output(["docker", "inspect", "--type", "container", *ids])) or []) if ids else []
+    return [
+        {
+            "name": item["Name"].lstrip("/"),
+            "running": bool(item["State"]["Running"]),
+            "folders": [
+                {
+                    "source": mount["Source"],
+                    "written": bool(mount.get("RW", True)),
+                    "on_data_disk": on_disk(mount["Source"], data),
+                }
+                for mount in item.get("Mounts") or []
+                if mount.get("Type") in ("bind", "volume")
+            ],
+        }
+        for item in inspected
+    ]
+
+
+def on_disk(path: str, data: str) -> bool:
+    """Does the path lie on what is mounted as the data disk?"""
+    return os.path.ismount(data) and os.path.exists(path) and os.stat(path).st_dev == os.stat(data).st_dev
+
+
+def bound_units(data: str) -> list[str]:
+    """The active units that systemd stops when the mount goes."""
+    unit = output(["systemd-escape", "--path", "--suffix=mount", data]).strip()
+    names = output(["systemctl", "show", "--property=BoundBy", "--value", unit]).split()
+    return [name for name in names if output(["systemctl", "is-active", name]).strip() == "active"]
+
+
 def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], data: str) -> dict[str, Any]:
     """Where Ollama's models lie on the guest, and whether that is on the data disk."""
     inside = Path(environment.get("OLLAMA_MODELS") or Path(environment.get("HOME") or "/root") / ".ollama/models")
@@ -95,8 +136,7 @@ def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], dat
         return {"inside": str(inside), "outside": None, "on_data_disk": False}
     nearest = max(holding, key=lambda item: len(item["Destination"]))
     outside = Path(nearest["Source"])
-    same = os.path.ismount(data) and outside.exists() and outside.stat().st_dev == os.stat(data).st_dev
-    return {"inside": str(inside), "outside": str(outside), "on_data_disk": same}
+    return {"inside": str(inside), "outside": str(outside), "on_data_disk": on_disk(str(outside), data)}
 
 
 def listening(root: Path, port: int) -> list[str]:

@@ -31,7 +31,11 @@ def data_disk(root: Path, mount: str) -> dict[str, Any]:
     """What is mounted at `mount`, and its line of fstab. None for what is not there."""
     mounts = mounted((root / "proc/self/mountinfo").read_text())
     here = mounts.get(mount)
-    found: dict[str, Any] = {"fstab": fstab((root / "etc/fstab").read_text(), mount), "source": None}
+    found: dict[str, Any] = {
+        "fstab": fstab((root / "etc/fstab").read_text(), mount),
+        "source": None,
+        "beneath": beneath(str(root / mount.lstrip("/"))),
+    }
     if here is not None:
         number, kind, source = here
         system = mounts.get("/", ("", "", ""))[0]
@@ -43,6 +47,21 @@ def data_disk(root: Path, mount: str) -> dict[str, Any]:
             "size_bytes": int(output(["blockdev", "--getsize64", source]).strip() or 0),
         }
     return found
+
+
+def beneath(mount: str) -> dict[str, Any] | None:
+    """The mount point itself, whatever is mounted there: its entries, and whether it is immutable (None: no such flag).
+
+    None: there is no such folder, or it can't be looked at. A bind mount of the folder above, in a mount namespace of
+    its own, shows what lies beneath a mount.
+    """
+    parent, name = os.path.split(mount.rstrip("/"))
+    script = 'mount --bind "$1" /mnt && cd "/mnt/$2" && ls -A . && echo / && lsattr -d .'
+    entries, shown, flags = output(["unshare", "--mount", "sh", "-c", script, "sh", parent, name]).partition("/\n")
+    if not shown:
+        return None
+    words = flags.split()
+    return {"entries": sorted(entries.splitlines())[:5], "immutable": "i" in words[0] if words else None}
 
 
 def mounted(mountinfo: str) -> dict[str, tuple[str, str, str]]:

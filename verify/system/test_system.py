@@ -59,6 +59,22 @@ def test_data_disk_is_mounted_from_a_disk_of_its_own(
     seen(f"{data['source']} ({data['filesystem']}) at {mount}")
 
 
+@pytest.mark.critical
+@pytest.mark.promise("system.data_disk.beneath", fix=DEPLOY)
+def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: Observation) -> None:
+    mount, beneath = guest.data_disk.mount, system["data"]["beneath"]
+    assert beneath is not None, f"{guest.name}: {mount}: no such folder on the system disk, expected a mount point"
+    assert not beneath["entries"], (
+        f"{guest.name}: {mount} on the system disk holds {', '.join(beneath['entries'])}, expected nothing: "
+        "services would take it for the data disk whenever that is away"
+    )
+    if beneath["immutable"] is None:
+        not_run(f"the file system of {mount} knows no immutable folders")
+    assert beneath["immutable"], (
+        f"{guest.name}: {mount} on the system disk can be written to while the data disk is away, expected immutable"
+    )
+
+
 @pytest.mark.major
 @pytest.mark.promise("system.data_disk.size", fix=DEPLOY)
 def test_data_disk_has_its_size(guest: Guest, system: Observation) -> None:

@@ -16,7 +16,7 @@ def read(by_id: str, mount: str) -> dict[str, Any]:
     found: dict[str, Any] = {"device": None, "known": known, "fstab": text("/etc/fstab") or ""}
     found["boot_id"] = (text("/proc/sys/kernel/random/boot_id") or "").strip()
     found["mounted"] = mounted(mount)
-    found["inside"] = sorted(os.listdir(mount))[:5] if os.path.isdir(mount) else []
+    found["mount_point"] = mount_point(mount)
     if not os.path.exists(by_id):
         return found
     device = os.path.realpath(by_id)
@@ -51,6 +51,23 @@ def mounted(mount: str) -> dict[str, str] | None:
             # The last one lies on top.
             found = {"number": before.split()[2], "source": source, "type": kind}
     return found
+
+
+def mount_point(mount: str) -> dict[str, Any] | None:
+    """The folder itself, whatever is mounted on it, None when there is none: the first of its `entries`, and whether
+    it is `immutable` (None: its file system has no such flag)."""
+    if not os.path.isdir(mount):
+        return None
+    # In a mount namespace of its own, a bind mount of the folder above shows what lies beneath.
+    script = 'mount --bind "$1" /mnt && ls -A "/mnt/$2" && echo / && lsattr -d "/mnt/$2"'
+    parent, name = os.path.split(mount.rstrip("/"))
+    _, output, _ = run("unshare", "--mount", "sh", "-c", script, "beneath", parent, name)
+    # No file name has a slash in it.
+    entries, _, flags = output.partition("/\n")
+    return {
+        "entries": sorted(entries.splitlines())[:5],
+        "immutable": "i" in flags.partition(" ")[0] if flags.strip() else None,
+    }
 
 
 def ext4_size(device: str) -> int:
