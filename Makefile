@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LAB ?= inventory/lab.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test test-lab test-kernel lint rehearse lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+.PHONY: help setup test test-faults test-lab test-kernel lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: lint ## lint, types and all fast tests
 	@python -m rehearsal packages
 	pytest -q
 
+test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
+	@pytest -q -m faults tests/faults tests/api
+
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
 	pytest -q -m lab tests/lab
 
@@ -41,6 +44,9 @@ test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initra
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
 	@python -m rehearsal rehearse $(if $(KEEP),--keep)
+
+rehearse-full: setup ## make rehearse, then rebuilds (one failing), a destroy with the data kept, a restore
+	@python -m rehearsal rehearse --full $(if $(KEEP),--keep)
 
 lab-up: setup ## bring the rehearsal lab up, for hand work
 	@python -m rehearsal up

@@ -7,7 +7,7 @@ status                                     what runs
 shell HOST                                 a root shell in a host, without SSH
 packages [--kernel]                        install the Debian packages that the lab (the kernel tier) and its tests need
 ssh-config FILE                            write an OpenSSH configuration for the lab's nodes
-rehearse [--keep]                          the whole job on the lab, from nothing
+rehearse [--keep] [--full]                 the whole job on the lab, from nothing; then rebuilds and a restore
 bench                                      the budgets beside what the last rehearsal measured
 """
 
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from inventory import GpulabError
-from rehearsal import bench, lab, machine, node, rehearse
+from rehearsal import bench, full, lab, machine, node, rehearse
 from rehearsal.kernel import qemu
 
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     ssh.add_argument("file", type=Path)
     whole = commands.add_parser("rehearse", help="the whole job on the lab, from nothing")
     whole.add_argument("--keep", action="store_true", help="leave the lab up")
+    whole.add_argument("--full", action="store_true", help="then rebuild, roll back, destroy and restore the guest")
     commands.add_parser("bench", help="show the budgets beside what the last rehearsal measured")
     options = parser.parse_args(argv)
     try:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             case "ssh-config":
                 lab.write_ssh_config(options.file)
             case "rehearse":
-                return rehearse.rehearse(options.keep)
+                return rehearse.rehearse(options.keep, full.phases if options.full else None)
             case "bench":
                 return bench.bench()
     except GpulabError as error:

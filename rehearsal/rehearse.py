@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The whole job on the embedded lab: up, bootstrap, deploy, deploy again, plan, verify, down, and one line of verdict.
 
-It runs the same commands as a user of a real lab; only the inventory differs.
+It runs the same commands as a user of a real lab; only the inventory differs. `full.py` has what comes after verify
+in `make rehearse-full`.
 """
 
 from __future__ import annotations
@@ -59,25 +60,30 @@ class Summary:
     dry_run: RunFigures = field(default_factory=RunFigures)
     verify_seconds: float = 0
     phases: dict[str, float] = field(default_factory=dict)
+    #: What `make rehearse-full` did beyond that, and came through.
+    survived: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         """The last line of `make rehearse`."""
         keys = ("hosts", "changed_first", "changed_second", "checks", "failed", "inconclusive", "not_run")
         counts = " ".join(f"{key}={getattr(self, key)}" for key in keys)
-        return f"rehearsal: {self.verdict} {counts} seconds={self.seconds:.0f}"
+        more = f" survived={','.join(self.survived)}" if self.survived else ""
+        return f"rehearsal: {self.verdict} {counts}{more} seconds={self.seconds:.0f}"
 
 
 class Failed(GpulabError):
     """A phase of the rehearsal did not do what it should."""
 
 
-def rehearse(keep: bool = False) -> int:
-    """Rehearse and return the exit status: 0 for PASS. `keep` leaves the lab up."""
+def rehearse(keep: bool = False, more: Callable[[Summary], None] | None = None) -> int:
+    """Rehearse, then do `more` on the verified lab; returns the exit status, 0 for PASS. `keep` leaves the lab up."""
     began = time.monotonic()
     summary = Summary()
     REPORTS.mkdir(parents=True, exist_ok=True)
     try:
         _phases(summary)
+        if more is not None:
+            more(summary)
         summary.verdict = "PASS"
     except GpulabError as error:
         summary.reason = error.brief
@@ -90,7 +96,7 @@ def rehearse(keep: bool = False) -> int:
                 _mark().unlink(missing_ok=True)
                 console.print("The lab is left up: make lab-status, make lab-shell HOST=…, make lab-down.")
             elif _mark().exists():
-                with _phase(summary, "lab down"):
+                with phase(summary, "lab down"):
                     lab.down()
                 _mark().unlink()
         except GpulabError as error:
@@ -109,36 +115,36 @@ def rehearse(keep: bool = False) -> int:
 def _phases(summary: Summary) -> None:
     for stale in ("index.html", "verify.json", "summary.json"):
         (REPORTS / stale).unlink(missing_ok=True)
-    with _phase(summary, "lab up"):
+    with phase(summary, "lab up"):
         _clear_the_way()
         _mark().write_text(str(os.getpid()))
         lab.up()
-    with _phase(summary, "bootstrap"):
+    with phase(summary, "bootstrap"):
         bootstrap()
-    with _phase(summary, "first deploy"):
-        summary.first_run = _pyinfra("first", "deploy.py", "-y")
+    with phase(summary, "first deploy"):
+        summary.first_run = pyinfra("first", "deploy.py", "-y")
         summary.hosts = len(summary.first_run.remote_commands)
         summary.changed_first = summary.first_run.changed
-    with _phase(summary, "second deploy"):
-        summary.second_run = _pyinfra("second", "deploy.py", "-y")
+    with phase(summary, "second deploy"):
+        summary.second_run = pyinfra("second", "deploy.py", "-y")
         summary.changed_second = summary.second_run.changed
         if summary.changed_second:
             raise Failed(
                 f"The second deploy changed {summary.changed_second} things; expected none",
                 "\n".join(f"  {name}" for name in _changed_names("second")),
-                f"the whole output is in {_log('second')}",
+                f"the whole output is in {log_of('second')}",
             )
-    with _phase(summary, "plan"):
-        summary.dry_run = _pyinfra("dry", "deploy.py", "--dry")
-        if "plan: 0 changes, 0 reboots" not in _log("dry").read_text():
-            raise Failed("--dry plans changes on a converged lab", resolution=f"see {_log('dry')}")
-    with _phase(summary, "verify"):
-        _verify(summary)
+    with phase(summary, "plan"):
+        summary.dry_run = pyinfra("dry", "deploy.py", "--dry")
+        if "plan: 0 changes, 0 reboots" not in log_of("dry").read_text():
+            raise Failed("--dry plans changes on a converged lab", resolution=f"see {log_of('dry')}")
+    with phase(summary, "verify"):
+        verify(summary)
 
 
 def bootstrap() -> None:
     """Make role, user and token on the lab's nodes, as an admin does once on a real lab."""
-    _command(
+    command(
         "bootstrap",
         [
             program("pyinfra"),
@@ -165,15 +171,15 @@ def _mark() -> Path:
     return paths.cache() / "rehearsing"
 
 
-def _pyinfra(name: str, *words: str) -> RunFigures:
+def pyinfra(name: str, *words: str) -> RunFigures:
     """Run pyinfra on the lab and read its figures from the run record."""
     runs = REPORTS / "runs" / name
     for old in runs.glob("*.jsonl"):
         old.unlink()
     began = time.monotonic()
-    _command(name, [program("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(runs))
+    command(name, [program("pyinfra"), INVENTORY, *words], GPULAB_RUNS=str(runs))
     figures = RunFigures(seconds=round(time.monotonic() - began, 2))
-    for line in _record(name):
+    for line in record(name):
         if line["kind"] == "host":
             figures.remote_commands[line["host"]] = line["remote_commands"]
             figures.api_requests[line["host"]] = line["api_requests"]
@@ -183,40 +189,40 @@ def _pyinfra(name: str, *words: str) -> RunFigures:
     return figures
 
 
-def _record(name: str) -> Iterator[dict[str, Any]]:
+def record(name: str) -> Iterator[dict[str, Any]]:
     for path in sorted((REPORTS / "runs" / name).glob("*.jsonl")):
         yield from (json.loads(line) for line in path.read_text().splitlines())
 
 
 def _changed_names(name: str) -> list[str]:
-    return [f"{line['host']}: {line['name']}" for line in _record(name) if line.get("changed")]
+    return [f"{line['host']}: {line['name']}" for line in record(name) if line.get("changed")]
 
 
-def _verify(summary: Summary) -> None:
+def verify(summary: Summary) -> None:
     began = time.monotonic()
     words = [program("pytest"), "verify", "--lab", INVENTORY, "--report", str(REPORTS)]
-    status = _command("verify", words, check=False)
+    status = command("verify", words, check=False)
     summary.verify_seconds = round(time.monotonic() - began, 2)
     try:
         result: Mapping[str, Any] = json.loads((REPORTS / "verify.json").read_text())
     except FileNotFoundError:
-        raise Failed("verify wrote no report", _tail(_log("verify"))) from None
+        raise Failed("verify wrote no report", tail(log_of("verify"))) from None
     for key in ("checks", "failed", "inconclusive", "not_run"):
         setattr(summary, key, result[key])
     if status != 0:
-        raise Failed(f"verify ended with status {status}", _tail(_log("verify")))
+        raise Failed(f"verify ended with status {status}", tail(log_of("verify")))
 
 
-def _command(name: str, words: list[str], check: bool = True, **environment: str) -> int:
+def command(name: str, words: list[str], check: bool = True, **environment: str) -> int:
     """Run a command with its output in a log of its own; show the end of it when it fails."""
-    _log(name).parent.mkdir(parents=True, exist_ok=True)
-    with open(_log(name), "w") as log:
+    log_of(name).parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(name), "w") as log:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
     if check and done.returncode != 0:
         raise Failed(
-            f"{name}: exit status {done.returncode}", _tail(_log(name)), f"the whole output is in {_log(name)}"
+            f"{name}: exit status {done.returncode}", tail(log_of(name)), f"the whole output is in {log_of(name)}"
         )
     return done.returncode
 
@@ -226,16 +232,16 @@ def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def _log(name: str) -> Path:
+def log_of(name: str) -> Path:
     return REPORTS / "logs" / f"{name}.log"
 
 
-def _tail(path: Path, lines: int = 40) -> str:
+def tail(path: Path, lines: int = 40) -> str:
     return "\n".join(f"  {line}" for line in path.read_text(errors="replace").splitlines()[-lines:])
 
 
 @contextmanager
-def _phase(summary: Summary, name: str) -> Iterator[None]:
+def phase(summary: Summary, name: str) -> Iterator[None]:
     """Show that a phase is going on, then how long it took."""
     began = time.monotonic()
     done: Callable[[], float] = lambda: round(time.monotonic() - began, 1)  # noqa: E731
