@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LAB ?= inventory/lab.py
+FAULTS ?= tests/faults tests/api
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup test test-faults test-lab test-kernel lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
@@ -30,10 +31,10 @@ lint: setup ## ruff, mypy, import arrows
 
 test: lint ## lint, types and all fast tests
 	@python -m rehearsal packages
-	pytest -q
+	pytest -q -n auto
 
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
-	@pytest -q -m faults tests/faults tests/api
+	@pytest -q -n auto -m faults $(FAULTS)
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
 	pytest -q -m lab tests/lab

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from . import table
 from .world import World
 
 REPORT = Path("reports/faults.txt")
+PROPERTY = "fault"
+#: Of all tests that have ended, in that order.
+ALL: list[table.Row] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,10 +35,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         world.server.stop()
 
 
+@pytest.fixture(autouse=True)
+def rows(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """What a test adds to the table goes with its report, out of the process that ran it."""
+    table.ROWS.clear()
+    yield
+    for row in table.ROWS:
+        record_property(PROPERTY, row.cells())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        ALL.extend(table.row(cells) for name, cells in report.user_properties if name == PROPERTY)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not table.ROWS:
+    if not ALL:
         return
-    text = table.render(table.ROWS)
+    text = table.render(ALL)
     path = config.rootpath / REPORT
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)

@@ -37,7 +37,13 @@ class Row:
         return self.where, self.injected, self.verdict.value, self.message
 
 
-#: Of this session, in the order in which the faults happened.
+def row(cells: Sequence[str]) -> Row:
+    """The row that has these cells."""
+    where, injected, verdict, message = cells
+    return Row(where, injected, Verdict(verdict), message)
+
+
+#: Of the test that runs, in the order in which the faults happened.
 ROWS: list[Row] = []
 
 
