@@ -52,7 +52,7 @@ class Readers:
             "containers": self._containers,
             "ollama_load": self._ollama_load,
             "ollama_port": self._ollama_port,
-            "api": lambda node: self._api(node).reach(),
+            "api": lambda node: self._api(node).read_node(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
             "backup": self._backup,
         }

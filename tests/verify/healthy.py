@@ -124,7 +124,15 @@ def healthy() -> dict[str, Any]:
                 },
             },
         },
-        "api": {"error": "", "state": "", "version": "9.1.4"},
+        "api": {
+            "error": "",
+            "state": "",
+            "version": "9.1.4",
+            "vms": [
+                {"id": 101, "name": "gpu01", "tags": "gpulab"},
+                {"id": 300, "name": "render", "tags": "terraform;gpulab-like"},
+            ],
+        },
         "vm": {
             "exists": True,
             "status": "running",
@@ -306,7 +314,7 @@ class Doctored:
 def api_refused() -> dict[str, Any]:
     """The observations of a lab whose token was revoked."""
     state = "the API of pve1 refuses the token"
-    refused = {"error": "pve1: https://192.0.2.11:8006 refuses the token", "state": state, "version": None}
+    refused = {"error": "pve1: https://192.0.2.11:8006 refuses the token", "state": state, "version": None, "vms": []}
     return {**healthy(), "api": refused, "vm": Unreadable(state)}
 
 

@@ -36,6 +36,17 @@ class Api:
                 self._answer = self._reach()
             return self._answer
 
+    def read_node(self) -> dict[str, Any]:
+        """`reach()`, and as `vms` all VMs of the node: id, name and tags; none when the API is not reached.
+
+        Raises:
+            Unreadable: the list is refused.
+        """
+        found = self.reach()
+        listed = [] if found["error"] else self._get("nodes", self.node.name, "qemu") or []
+        vms = [{"id": int(vm["vmid"]), "name": vm.get("name", ""), "tags": str(vm.get("tags", ""))} for vm in listed]
+        return {**found, "vms": sorted(vms, key=lambda vm: vm["id"])}
+
     def read_vm(self, guest: Guest) -> dict[str, Any]:
         """The guest's VM as the API shows it now, what is pending, and the mapping of its GPU.
 
