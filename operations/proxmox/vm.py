@@ -115,9 +115,8 @@ def preflight() -> step.Commands:
     if found is None:
         _check_space(listed[guest.disk_storage], guest, node)
     else:
-        # Said here, it is said before anything has changed. A rebuild makes the system disk anew, in whatever size.
-        anew = {config.SYSTEM_DISK} if getattr(host.connector, "closed", False) else set()
-        config.growth({key: value for key, value in found.config.items() if key not in anew}, guest)
+        # Said here, it is said before anything has changed.
+        config.growth(_staying(host, found.config), guest)
     running = found is not None and found.status == "running"
     if not running:
         _check_memory(client, guest, node)
@@ -125,6 +124,12 @@ def preflight() -> step.Commands:
         _check_gpu_free(client, guest, node)
     step.noop(f"{node.name} can hold VM {guest.vmid}")
     yield from ()
+
+
+def _staying(host: Host, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a VM's configuration a deploy finds. A rebuild makes the system disk anew before, in whatever size."""
+    anew = {config.SYSTEM_DISK} if getattr(host.connector, "closed", False) else set()
+    return {key: value for key, value in found.items() if key not in anew}
 
 
 def require_rights(client: Client, guest: Guest, node: Node, more: Mapping[str, tuple[str, ...]] | None = None) -> None:
@@ -371,7 +376,7 @@ def create_or_update() -> step.Commands:
     Keys that nobody declares stay, disks are never removed. What a running VM cannot take becomes pending;
     `started` then restarts it. Keys that no token may set go over the node's SSH connection.
     """
-    _, guest, node, client = _here()
+    host, guest, node, client = _here()
     shell = NodeShell(context.ctx_state.get(), node)
     found = _own_state(client, guest, node)
     state: State = context.ctx_state.get()
@@ -388,7 +393,7 @@ def create_or_update() -> step.Commands:
         step.changes(f"create VM {guest.vmid} on {node.name}", key_diff({}, _readable(new)))
         yield step.call(_create, client, guest, node, shell)
         return
-    change = config.change(found.config, guest, node)
+    change = config.change(_staying(host, found.config), guest, node)
     if not change:
         step.noop(f"VM {guest.vmid} is configured as declared")
         return
@@ -660,7 +665,7 @@ def _waiting(client: Client, guest: Guest, node: Node, found: VmState) -> _Waiti
     # While a run is planned, its changes have not been sent yet.
     ours = {key for key in pending if config.is_declared(key, guest, node)}
     ours |= set(config.own_disks_waiting(items))
-    ours |= set(config.change(found.config, guest, node).restart)
+    ours |= set(config.change(_staying(context.ctx_host.get(), found.config), guest, node).restart)
     others = [key for key in pending if key not in ours]
     # These never stand in `pending`: cloud-init's drive is made anew at each start.
     seed = config.waiting(client.get(*where, "cloudinit"))

@@ -637,6 +637,15 @@ def test_plan_shows_the_whole_rebuild_and_touches_nothing(site: Site) -> None:
     site.unharmed()
 
 
+def test_plan_of_a_rebuild_may_make_the_system_disk_smaller(site: Site) -> None:
+    """A deploy never could: PVE cannot shrink a disk."""
+    done = command_line(site, "--dry", "--limit", "gpu01", "--data", "system_disk_gib=32")
+
+    assert done.returncode == 0, done.stderr
+    assert f"scsi0: {OLD} -> a new disk of 32 GiB from local:import/debian-13.qcow2" in done.stderr
+    assert site.changes() == []
+
+
 def test_plan_of_a_rebuild_that_was_cut_off_says_so(site: Site) -> None:
     _fail_verify(site)
     site.api.requests.clear()
