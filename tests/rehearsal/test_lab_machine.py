@@ -228,6 +228,8 @@ def test_second_up_at_the_same_time_is_refused(monkeypatch):
             lab.down()
 
 
-def test_status_of_no_lab(capsys):
+def test_status_of_no_lab(monkeypatch, capsys):
+    # A subnet of its own: a bridge that stands on the default one, of a lab of somebody else's, would be told.
+    monkeypatch.setenv("GPULAB_SUBNET", "192.0.2.0/24")
     lab.show_status()
     assert capsys.readouterr().out == "The rehearsal lab is down.\n"
