@@ -102,7 +102,7 @@ with run.of_host() as part:
     if guest:
         containers.engine(
             name="Install the container engine",
-            packages=guest.packages.engine,
+            packages=guest.engine_packages,
             data=guest.data_disk.mount,
             registry_ca=guest.registry_certificates(),
         )

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pyinfra.api.exceptions import PyinfraError
 
 from inventory.errors import GpulabError, InventoryError
+from inventory.gpu import tenant_problems
 from inventory.resolve import CliError, UnexpectedExternalError, parse_cli_arg, resolve
 from inventory.schema import PYINFRA_KEY, Guest, Lab, Node
 
@@ -288,16 +289,19 @@ def _check_keeper(node: Node, guest: Guest, nodes: Mapping[str, Node], guests: M
 def _check_gpu(node: Node, guest: Guest) -> list[str]:
     services = guest.services.declared()
     if guest.gpu is None:
-        return [f"{guest.name}: services.{name}: expected `gpu` beside it" for name in services]
+        users = [*(f"services.{name}" for name in services), *(["tenants"] if guest.tenants else [])]
+        return [f"{guest.name}: {user}: expected `gpu` beside it" for user in users]
     names = [device.name for device in node.passthrough.devices]
     if guest.gpu not in names:
         return [f"{guest.name}: gpu = {guest.gpu!r}: expected a passthrough device of {node.name} ({', '.join(names)})"]
     card = node.device(guest.gpu).card
+    problems = [f"{guest.name}: {problem}" for problem in guest.nvidia.beyond(card)]
+    problems += [f"{guest.name}: {problem}" for problem in tenant_problems(guest.tenants, guest.nvidia, card)]
     budgets = {name: service.memory_budget_mib for name, service in services.items()}
     if sum(budgets.values()) > card.memory_mib:
         terms = " + ".join(f"{name} {budget}" for name, budget in budgets.items())
-        return [
+        problems.append(
             f"{guest.name}: memory_budget_mib: {terms} = {sum(budgets.values())} MiB: "
             f"expected at most {card.memory_mib} MiB, the memory of the {card.name}"
-        ]
-    return []
+        )
+    return problems

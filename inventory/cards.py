@@ -11,8 +11,9 @@ class Card:
     """One GPU model.
 
     `functions` are the PCI ids of function 0 and up. `memory_mib` is what `nvidia-smi` reports in total,
-    `power_limit_w` the lowest and highest limit the card accepts (watts), `link_generation` and `link_width`
-    the least PCIe link that is right under load. None: no source gives it.
+    `power_limit_w` the lowest and highest limit that the card is known to accept (watts), `graphics_clock_mhz` the
+    range in which its graphics clock can be locked, `link_generation` and `link_width` the least PCIe link that is
+    right under load. `ecc` and `mig`: can the card do it? None: no source gives it, the card itself is asked.
     """
 
     name: str
@@ -22,6 +23,9 @@ class Card:
     link_generation: int
     link_width: int
     power_limit_w: tuple[int, int] | None = None
+    graphics_clock_mhz: tuple[int, int] | None = None
+    ecc: bool = False
+    mig: bool = False
 
 
 RTX_A4000 = Card(
@@ -34,6 +38,12 @@ RTX_A4000 = Card(
     # NVIDIA/DCGM nvvs/diag-skus.yaml.in, A4000 '24b0': minimum generation 3, width 16.
     link_generation=3,
     link_width=16,
+    # 140 W: datasheet. 100 W accepted by a real card: rammsguns/llm-rig#100.
+    power_limit_w=(100, 140),
+    # Idle clock of a real card (same issue) and the highest clock of its generation (RTX A6000: NVIDIA forum 203772).
+    graphics_clock_mhz=(210, 2100),
+    # nvidia-smi shows "Off", not N/A: geerlingguy/raspberry-pi-pcie-devices#692. MIG is for A100, A30 and later.
+    ecc=True,
 )
 
 CARDS: dict[str, Card] = {RTX_A4000.functions[0]: RTX_A4000}

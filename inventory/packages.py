@@ -10,18 +10,30 @@ from dataclasses import dataclass, replace
 class Distribution:
     """Package names and repository paths of one guest distribution (`ID` + `VERSION_ID` of os-release)."""
 
+    #: Folder below `nvidia.repository`.
     nvidia_repository: str
     base: tuple[str, ...]
-    #: `{branch}` stands for the driver's branch, where package names carry it.
+    #: `{branch}` stands for the driver's branch, where package names carry it. The one that brings nvidia-smi first.
     driver: tuple[str, ...]
-    engine: tuple[str, ...]
+    #: Which of them brings nvidia-cuda-mps-control.
+    mps: str
+    #: The package that follows the kernel's headers, and the same for kernels.
     headers: str
-    #: Does its container engine read CDI specs?
-    cdi: bool = True
+    kernel: str
+    docker: tuple[str, ...]
+    #: `ID CODENAME` below `engine.repository`, where the distribution's own Docker is too old. None: its own is taken.
+    docker_repository: tuple[str, str] | None = None
+    #: None: its Podman is too old for Quadlet (4.4) or for the toolkit's CDI specifications (5.1).
+    podman: tuple[str, ...] | None = None
 
     def of_branch(self, branch: str) -> Distribution:
         """The same with the names of one driver branch, such as `580`."""
-        return replace(self, driver=tuple(name.format(branch=branch) for name in self.driver))
+        numbered = int(branch) < UNNUMBERED_BRANCH
+
+        def named(name: str) -> str:
+            return name.replace("-{branch}", f"-{branch}" if numbered else "")
+
+        return replace(self, driver=tuple(map(named, self.driver)), mps=named(self.mps))
 
 
 @dataclass(frozen=True)
@@ -37,20 +49,24 @@ _BASE = ("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-ti
 DEBIAN_13 = Distribution(
     nvidia_repository="debian13/x86_64",
     base=_BASE,
-    # Compute only, open modules: NVIDIA driver installation guide, Debian. notes: no X, no GL.
+    # Compute only, open modules: NVIDIA driver installation guide, Debian. No X, no GL.
     driver=("nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"),
+    mps="nvidia-driver-cuda",
+    headers="linux-headers-amd64",
+    kernel="linux-image-amd64",
     # docker.io 26.1 is the first of Debian's that reads CDI 0.7 specs.
     # Without AppArmor's parser Docker runs every container unconfined.
-    engine=("docker.io", "docker-cli", "apparmor"),
-    headers="linux-headers-amd64",
+    docker=("docker.io", "docker-cli", "apparmor"),
+    podman=("podman", "crun", "netavark", "aardvark-dns", "apparmor"),
 )
 
 DEBIAN_12 = replace(
     DEBIAN_13,
     nvidia_repository="debian12/x86_64",
-    # 20.10, command line included: no CDI.
-    engine=("docker.io", "apparmor"),
-    cdi=False,
+    # docker.io is 20.10 and podman 4.3: neither reads CDI 0.7.
+    docker=("docker-ce", "docker-ce-cli", "containerd.io", "apparmor"),
+    docker_repository=("debian", "bookworm"),
+    podman=None,
 )
 
 UBUNTU_24_04 = Distribution(
@@ -58,13 +74,16 @@ UBUNTU_24_04 = Distribution(
     base=_BASE,
     # NVIDIA's names for Ubuntu carry the branch up to 580; nvidia-compute-utils holds MPS and persistenced.
     driver=(
+        "nvidia-utils-{branch}",
         "libnvidia-compute-{branch}",
         "nvidia-dkms-{branch}-open",
-        "nvidia-utils-{branch}",
         "nvidia-compute-utils-{branch}",
     ),
-    engine=("docker.io", "apparmor"),
+    mps="nvidia-compute-utils-{branch}",
     headers="linux-headers-generic",
+    kernel="linux-image-generic",
+    # 28.2 in the updates of both releases; podman 3.4 and 4.9.
+    docker=("docker.io", "apparmor"),
 )
 
 UBUNTU_22_04 = replace(UBUNTU_24_04, nvidia_repository="ubuntu2204/x86_64")
@@ -94,6 +113,28 @@ IMAGES: dict[str, CloudImage] = {
     "ubuntu2204": _ubuntu("22.04", "jammy"),
     "ubuntu2404": _ubuntu("24.04", "noble"),
 }
+
+#: From this branch on NVIDIA's Ubuntu packages carry no branch in their names (driver guide, recent updates).
+UNNUMBERED_BRANCH = 590
+
+#: The CUDA version that each driver branch brings, hence the newest toolkit whose PTX it takes (CUDA release notes,
+#: table 3; 13.2 and later from the driver branch's own release notes).
+BRANCH_CUDA: dict[str, tuple[int, int]] = {
+    "535": (12, 2),
+    "550": (12, 4),
+    "560": (12, 6),
+    "570": (12, 8),
+    "575": (12, 9),
+    "580": (13, 0),
+    "590": (13, 1),
+    "595": (13, 2),
+    "610": (13, 3),
+    "615": (13, 4),
+}
+
+#: The lowest driver branch that runs programs of a CUDA major version (CUDA compatibility guide, minor version
+#: compatibility): without PTX, which needs the branch of `BRANCH_CUDA`.
+CUDA_LEAST_BRANCH: dict[int, int] = {11: 450, 12: 525, 13: 580}
 
 #: The container toolkit's own packages, pinned together (NVIDIA container toolkit installation guide).
 TOOLKIT = (

@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     field_validator,
@@ -24,25 +22,18 @@ from pydantic import (
 )
 
 from inventory.cards import CARDS, RTX_A4000, Card
+from inventory.gpu import Nvidia, Tenant
+from inventory.model import HttpUrl, Model, Name, Sha256, require_trust
 from inventory.packages import DISTRIBUTIONS, IMAGES, Distribution
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 PciAddress = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}$")]
 PciId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][^@\s]*@sha256:[0-9a-f]{64}$")]
 Checksum = Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$")]
 AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/-]*$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+[^/\s]$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}$")]
 Storage = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]*$")]
-
-
-class Model(BaseModel):
-    """Strict: an unknown key or a value of another type is an error, never a guess."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
 class PassthroughDevice(Model):
@@ -349,33 +340,19 @@ class Backup(Model):
     spare_vmid: int = Field(ge=100, le=999_999_999)
 
 
-class Nvidia(Model):
-    """Driver and container toolkit in the guest, from NVIDIA's repositories (or a mirror of the same layout)."""
+class Engine(Model):
+    """What runs the containers."""
 
-    #: R580 is NVIDIA's long-term branch until June 2028 (supported-drivers table of the driver documentation).
-    branch: Annotated[str, StringConstraints(pattern=r"^[0-9]{3}$")] = "580"
-    #: An exact driver version of that branch; None: the newest of the branch.
-    version: Annotated[str, StringConstraints(pattern=r"^[0-9]{3}(\.[0-9]+){1,2}$")] | None = None
-    repository: HttpUrl = "https://developer.download.nvidia.com/compute/cuda/repos"
-    #: SHA-256 of the repository's `cuda-archive-keyring.gpg`; None: trust the HTTPS download.
+    #: Podman's containers are systemd units (Quadlet). It needs Debian 13.
+    kind: Literal["docker", "podman"] = "docker"
+    #: Docker's own packages, for a distribution whose Docker is too old to be given a GPU (Debian 12).
+    repository: HttpUrl = "https://download.docker.com/linux"
+    #: SHA-256 of the key file `gpg` of that repository; None: trust the HTTPS download.
     key_sha256: Sha256 | None = None
-    toolkit_repository: HttpUrl = "https://nvidia.github.io/libnvidia-container"
-    #: SHA-256 of the toolkit repository's `gpgkey`; None: trust the HTTPS download.
-    toolkit_key_sha256: Sha256 | None = None
-    #: 1.17.8 closed CVE-2025-23266; 1.18 refreshes CDI specs by itself.
-    toolkit_version: Annotated[str, StringConstraints(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+-[0-9]+$")] = "1.20.0-1"
-    persistence: bool = True
 
     @model_validator(mode="after")
-    def version_and_trust(self) -> Nvidia:
-        if self.version is not None and not self.version.startswith(self.branch + "."):
-            raise ValueError(f"`version` of branch {self.branch}, got {self.version}")
-        for url, key, digest in (
-            (self.repository, "key_sha256", self.key_sha256),
-            (self.toolkit_repository, "toolkit_key_sha256", self.toolkit_key_sha256),
-        ):
-            if url.startswith("http://") and digest is None:
-                raise ValueError(f"`{key}` beside {url}: without TLS it is the only root of trust")
+    def trust(self) -> Engine:
+        require_trust(self.repository, "key_sha256", self.key_sha256)
         return self
 
 
@@ -560,6 +537,12 @@ class Guest(SshHost):
     #: Days that a rebuild keeps the old system disk after a passed verify. `--data keep_old=…` is for one run.
     keep_old: int = Field(default=0, ge=0)
     nvidia: Nvidia = Nvidia()
+    #: Who uses the card, and with which limits.
+    tenants: list[Tenant] = []
+    engine: Engine = Engine()
+    #: Are security upgrades installed by themselves (unattended-upgrades)? The driver is never among them, and no
+    #: kernel that it was not built for is booted.
+    security_upgrades: bool = True
     #: Registries with a CA of their own: `host:port` to a PEM file on the control machine.
     registry_ca: dict[str, str] = {}
     services: Services = Services()
@@ -627,14 +610,24 @@ class Guest(SshHost):
     def image_of_the_distribution(self) -> Guest:
         if self.image.name not in (None, self.distribution):
             raise ValueError(f"`distribution` {self.image.name}, as the image's; got {self.distribution}")
-        if self.services.declared() and not self.packages.cdi:
-            raise ValueError(f"no `services` on {self.distribution}: its Docker is too old to be given a GPU by CDI")
+        if self.engine.kind == "podman" and self.packages.podman is None:
+            fit = ", ".join(sorted(name for name, each in DISTRIBUTIONS.items() if each.podman is not None))
+            raise ValueError(f"`engine.kind` docker on {self.distribution}: its Podman is too old (newer: {fit})")
+        if self.engine.kind == "podman" and self.services.declared():
+            raise ValueError("no `services` beside `engine.kind` podman: they are containers of Docker so far")
         return self
 
     @property
     def cards(self) -> list[Network]:
         """All network cards, net0 first."""
         return self.networks or [Network(bridge=self.bridge, address=self.address, gateway=self.gateway)]
+
+    @property
+    def engine_packages(self) -> tuple[str, ...]:
+        """The packages of the declared container engine."""
+        found = self.packages.podman if self.engine.kind == "podman" else self.packages.docker
+        assert found is not None  # image_of_the_distribution() refused it
+        return found
 
     @property
     def packages(self) -> Distribution:

@@ -13,7 +13,10 @@ import pytest
 
 import inventory
 from inventory import InventoryError
+from inventory.gpu import too_new
+from inventory.packages import DISTRIBUTIONS
 from inventory.secrets import Secrets, variable
+from inventory.sharing import Client, client
 
 NODE = {"ssh_hostname": "192.0.2.11", "passthrough": {"devices": [{"address": "0000:01:00"}]}}
 GUEST: dict[str, Any] = {
@@ -60,6 +63,61 @@ def test_fifteen_lines_describe_a_lab(tmp_path: Path) -> None:
     card = lab.card_of(guest)
     assert card is not None and card.name == "NVIDIA RTX A4000"
     assert lab.nodes["pve1"].cluster_name == "pve1"
+
+
+@pytest.mark.parametrize(
+    ("branch", "minor", "toolkit", "fits"),
+    [
+        ("580", False, "13.0", True),
+        ("580", False, "12.9", True),
+        ("580", False, "11.8", True),
+        ("580", False, "13.1", False),
+        ("580", True, "13.4", True),
+        ("575", True, "13.0", False),
+        ("590", False, "13.1", True),
+        ("580", True, "14.0", False),
+        # A branch that the table does not know is judged by its number alone.
+        ("630", False, "13.4", True),
+        ("630", False, "14.0", False),
+    ],
+)
+def test_toolkits_that_a_driver_branch_runs(branch: str, minor: bool, toolkit: str, fits: bool) -> None:
+    assert (too_new(toolkit, branch, minor) == "") is fits
+
+
+def test_tenants_client_has_its_own_limits(tmp_path: Path) -> None:
+    tenant = {"name": "astro", "active_thread_percentage": 40, "memory_limit_mib": 4096, "priority": "below-normal"}
+    guest = inventory.load(lab_file(tmp_path, guests={"gpu01": {**GUEST, "tenants": [tenant]}})).guests["gpu01"]
+
+    found = client(guest, guest.tenants[0])
+
+    assert (found.user, found.ipc, found.mounts) == ("850:850", "host", {"/run/nvidia-mps": "/run/nvidia-mps"})
+    assert found.environment == {
+        "CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps",
+        "CUDA_MPS_LOG_DIRECTORY": "/var/log/nvidia-mps",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "40",
+        "CUDA_MPS_CLIENT_PRIORITY": "1",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=4096M",
+    }
+
+
+@pytest.mark.parametrize("sharing", ["time-slice", "exclusive"])
+def test_without_mps_a_client_needs_nothing(tmp_path: Path, sharing: str) -> None:
+    guests = {"gpu01": {**GUEST, "nvidia": {"sharing": sharing}}}
+
+    assert client(inventory.load(lab_file(tmp_path, guests=guests)).guests["gpu01"]) == Client()
+
+
+@pytest.mark.parametrize(
+    ("branch", "names"),
+    [
+        ("580", ("nvidia-utils-580", "libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-compute-utils-580")),
+        ("590", ("nvidia-utils", "libnvidia-compute", "nvidia-dkms-open", "nvidia-compute-utils")),
+    ],
+)
+def test_ubuntus_names_carry_the_branch_up_to_580(branch: str, names: tuple[str, ...]) -> None:
+    found = DISTRIBUTIONS["ubuntu2404"].of_branch(branch)
+    assert (found.driver, found.mps) == (names, names[-1])
 
 
 def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
@@ -147,9 +205,63 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             "gpu01: expected `distribution` ubuntu2404, as the image's; got debian13",
         ),
         (
-            {"distribution": "debian12", "services": {"ollama": {"image": IMAGE}}},
-            "gpu01: expected no `services` on debian12",
+            {"distribution": "debian12", "engine": {"kind": "podman"}},
+            "gpu01: expected `engine.kind` docker on debian12: its Podman is too old (newer: debian13)",
         ),
+        (
+            {"engine": {"kind": "podman"}, "services": {"ollama": {"image": IMAGE}}},
+            "gpu01: expected no `services` beside `engine.kind` podman",
+        ),
+        (
+            {"engine": {"repository": "http://mirror.example/docker"}},
+            "gpu01: engine: expected `key_sha256` beside http://mirror.example/docker",
+        ),
+        (
+            {"nvidia": {"sharing": "mig"}},
+            "gpu01: nvidia.sharing = 'mig': expected mps, time-slice or exclusive: no card of the card table has MIG",
+        ),
+        ({"nvidia": {"toolkit_version": "1.17.7-1"}}, "nvidia.toolkit_version = '1.17.7-1': expected at least 1.17.8"),
+        (
+            {"nvidia": {"power_limit_w": 300}},
+            "gpu01: nvidia.power_limit_w = 300: expected 100 to 140 W (the NVIDIA RTX A4000)",
+        ),
+        (
+            {"nvidia": {"clocks": {"min_mhz": 210, "max_mhz": 3000}}},
+            "nvidia.clocks.max_mhz = 3000: expected 210 to 2100",
+        ),
+        (
+            {"nvidia": {"clocks": {"min_mhz": 900, "max_mhz": 800}}},
+            "nvidia.clocks: expected `min_mhz` at most `max_mhz`",
+        ),
+        ({"nvidia": {"mps": {"active_thread_percentage": 0}}}, "nvidia.mps.active_thread_percentage = 0"),
+        (
+            {"nvidia": {"mps": {"pinned_memory_limit_mib": 20000}}},
+            "nvidia.mps.pinned_memory_limit_mib = 20000: expected at most its 16376 MiB",
+        ),
+        ({"nvidia": {"thermal": {"warning_c": 95}}}, "nvidia.thermal: expected `warning_c` below `critical_c`"),
+        ({"nvidia": {"cuda": ["cuda"]}}, "nvidia.cuda.0 = 'cuda'"),
+        (
+            {"nvidia": {"cuda": ["12.9", "13.4"]}},
+            "gpu01: nvidia: expected a toolkit up to 13.0 with driver branch 580, or branch 615, or "
+            "`cuda_minor_compatibility`; got cuda 13.4",
+        ),
+        (
+            {"nvidia": {"branch": "570", "cuda": ["13.0"], "cuda_minor_compatibility": True}},
+            "gpu01: nvidia: expected a toolkit up to 12.8 with driver branch 570, or branch 580; got cuda 13.0",
+        ),
+        (
+            {"nvidia": {"mps": {"active_thread_percentage": 50}}, "tenants": [{"name": "astro"}]},
+            "gpu01: tenants.0.active_thread_percentage = 100: expected at most 50, the value of nvidia.mps",
+        ),
+        (
+            {"tenants": [{"name": "astro", "memory_limit_mib": 20000}]},
+            "gpu01: tenants.0.memory_limit_mib = 20000: expected at most 16376, the memory of the NVIDIA RTX A4000",
+        ),
+        (
+            {"tenants": [{"name": "ml"}, {"name": "ml"}]},
+            "gpu01: tenants.1.name = 'ml': expected a different name for each tenant",
+        ),
+        ({"gpu": None, "tenants": [{"name": "ml"}]}, "gpu01: tenants: expected `gpu` beside it"),
     ],
 )
 def test_wrong_value_is_named_with_what_would_be_right(
