@@ -8,7 +8,7 @@ LAB ?= inventory/lab.py
 FAULTS ?= tests/faults tests/api
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test test-faults test-lab test-kernel lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+.PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,7 +34,7 @@ test: lint ## lint, types and all fast tests
 	pytest -q -n auto
 
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
-	@pytest -q -n auto -m faults $(FAULTS)
+	@pytest -q -n auto --dist loadgroup -m faults $(FAULTS)
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
 	pytest -q -m lab tests/lab
@@ -42,6 +42,9 @@ test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy h
 test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initramfs, reboots and races
 	@python -m rehearsal packages --kernel
 	pytest -q -m kernel tests/kernel
+
+test-slow: setup ## what takes minutes for one answer: Debian's own NVIDIA module built against its kernel headers (root)
+	pytest -q -m slow tests/slow
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
 	@python -m rehearsal rehearse $(if $(KEEP),--keep)

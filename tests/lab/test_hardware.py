@@ -14,7 +14,7 @@ import yaml
 from rehearsal import lab
 from rehearsal.rehearse import bootstrap
 
-from .conftest import INVENTORY, Deployed
+from .commands import INVENTORY, Deployed
 
 CASES = Path(__file__).parents[1] / "hardware"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import INVENTORY
+from .commands import INVENTORY
 
 PVE1 = ("--limit", "pve1")
 NEW = "6.17.2-1-pve"
