@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ MODULE = "/sys/module/nvidia"
 MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
 #: The card rounds a lock to its own steps, MHz.
 STEP_MHZ = 15
+#: Seconds that a running clock may take to follow a lock.
+SETTLE_S = 3.0
 
 Values = dict[str, Any]
 
@@ -54,7 +57,8 @@ def differing(gpu: Values, declared: Values, locked: Any, lowered_mw: int | None
     if gpu["accounting"] is not None:
         found["accounting mode"] = (_on(gpu["accounting"]), _on(declared["accounting"]))
     wanted_mw = wanted_limit(gpu, declared)
-    if wanted_mw is not None and not (gpu["power_limit_mw"] == lowered_mw and lowered_mw < wanted_mw):
+    by_policy = lowered_mw is not None and gpu["power_limit_mw"] == lowered_mw
+    if wanted_mw is not None and not (by_policy and gpu["power_limit_mw"] < wanted_mw):
         found["power limit"] = (watts(gpu["power_limit_mw"]), watts(wanted_mw))
     found["graphics clock"] = (_lock(locked), _lock(declared["clocks"]))
     if declared["clocks"] is not None and (gpu["clock_mhz"] or 0) > declared["clocks"][1] + STEP_MHZ:
@@ -228,12 +232,19 @@ def apply(nvml: Any, declared: Values) -> list[str]:
                 print(f"{gpu['name']} ({gpu['bus']}): {subject}: {seen} -> {wanted}")
     if not problems:
         note(declared["clocks"])
-        problems = [
-            f"{gpu['name']} ({gpu['bus']}): {subject}: asked for {wanted}, reads {seen}"
-            for gpu in of_all(nvml)
-            for subject, (seen, wanted) in differing(gpu, declared, locked(), lowered(gpu["bus"])).items()
-        ]
+        deadline = time.monotonic() + SETTLE_S
+        while (problems := unlike(nvml, declared)) and time.monotonic() < deadline:
+            time.sleep(0.1)
     return problems
+
+
+def unlike(nvml: Any, declared: Values) -> list[str]:
+    """What reads otherwise than it was asked for."""
+    return [
+        f"{gpu['name']} ({gpu['bus']}): {subject}: asked for {wanted}, reads {seen}"
+        for gpu in of_all(nvml)
+        for subject, (seen, wanted) in differing(gpu, declared, locked(), lowered(gpu["bus"])).items()
+    ]
 
 
 def note(clocks: Any) -> None:
