@@ -144,4 +144,5 @@ with run.of_host() as part:
                 data=guest.data_disk.mount,
                 models=ollama.models,
                 environment=ollama.environment,
+                client=sharing.client(guest),
             )

@@ -15,9 +15,10 @@ PROGRAMS = "/usr/local/libexec/gpulab"
 
 # systemctl itself says no more than where to look.
 _RESTART = """
+since=$(date +%s.%N)
 systemctl restart "$1" && exit
 status=$?
-journalctl --unit "$1" --lines 15 --output cat --no-pager >&2
+journalctl --unit "$1" --since "@$since" --lines 15 --output cat --no-pager --quiet >&2
 exit $status
 """
 
@@ -33,5 +34,5 @@ def as_wanted(unit: Mapping[str, Any]) -> bool:
 
 
 def restart(unit: str) -> StringCommand:
-    """Start it anew; the end of its journal is shown when it does not come up."""
+    """Start it anew; its last words are shown when it does not come up."""
     return StringCommand("sh", "-c", QuoteString(_RESTART.strip()), "restart", unit)
