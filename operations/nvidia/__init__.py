@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""NVIDIA in the guest: package repositories, driver, persistence and container toolkit."""
+"""NVIDIA in the guest: repositories, driver, settings, thermal policy, sharing and container toolkit."""
 
 from operations.nvidia.driver import driver, loaded
-from operations.nvidia.persistence import persistence
+from operations.nvidia.mps import sharing
 from operations.nvidia.repository import repository
+from operations.nvidia.settings import settings
+from operations.nvidia.thermal import thermal
 from operations.nvidia.toolkit import toolkit
 
-__all__ = ["driver", "loaded", "persistence", "repository", "toolkit"]
+__all__ = ["driver", "loaded", "repository", "settings", "sharing", "thermal", "toolkit"]
