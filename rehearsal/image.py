@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,44 @@ def ensure(report: Report = print) -> Path:
     (folder / "root.new").rename(root())
     key_file.write_text(json.dumps(wanted, indent=2) + "\n")
     return root()
+
+
+def download(names: Sequence[str]) -> list[Path]:
+    """Packages of the image's Debian as files, each the version that apt would install; downloaded once.
+
+    Raises:
+        GpulabError: apt cannot.
+    """
+    folder = paths.image() / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in names if not list(folder.glob(f"{name}_*.deb"))]
+    # The image's own package lists do, unless there is no image yet or the mirror has moved on since.
+    listed = root() / "var/lib/apt/lists"
+    if missing and not (listed.is_dir() and _apt(folder, listed, "download", *missing).returncode == 0):
+        fresh = folder / "apt/lists"
+        for words in (("update",), ("download", *missing)):
+            done = _apt(folder, fresh, *words)
+            if done.returncode != 0:
+                brief = f"`apt-get {' '.join(words)}` for {SUITE} ended with {done.returncode}"
+                raise GpulabError(brief, done.stderr.strip())
+    return [max(folder.glob(f"{name}_*.deb"), key=lambda path: path.stat().st_mtime) for name in names]
+
+
+def _apt(folder: Path, lists: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """apt-get with the image's sources and `lists`, in `folder`; nothing of this machine's packages is looked at."""
+    state = folder / "apt"
+    for part in ("etc", "cache/archives/partial", "lists/partial"):
+        (state / part).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    (state / "etc/lab.sources").write_text("\n".join(source.stanza() for source in sources()))
+    options = {
+        "Dir::Etc": state / "etc", "Dir::Etc::sourceparts": state / "etc", "Dir::Etc::sourcelist": "/dev/null",
+        "Dir::State": state, "Dir::State::lists": lists, "Dir::State::status": state / "status",
+        "Dir::Cache": state / "cache", "APT::Architecture": "amd64", "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none", "Debug::NoLocking": "1",
+    }  # fmt: skip
+    argv = ["apt-get", "-qq", *(f"-o{key}={value}" for key, value in options.items()), *words]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def key() -> dict[str, object]:
