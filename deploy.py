@@ -144,13 +144,22 @@ with run.of_host() as part:
             packages=TOOLKIT,
             version=guest.nvidia.toolkit_version,
         )
+        card = part.lab.node_of(guest).device(guest.gpu).card
+        nvidia.health(
+            name="Check the GPU's health",
+            expected={
+                "link_width": card.link_width,
+                "link_generation": card.link_generation,
+                "mps": guest.nvidia.mps.model_dump() if guest.nvidia.sharing == "mps" else None,
+            },
+        )
         if ollama := guest.services.ollama:
             containers.ollama(
                 name="Run Ollama",
                 image=ollama.image,
                 port=ollama.port,
                 memory_budget_mib=ollama.memory_budget_mib,
-                card_memory_mib=part.lab.node_of(guest).device(guest.gpu).card.memory_mib,
+                card_memory_mib=card.memory_mib,
                 data=guest.data_disk.mount,
                 models=ollama.models,
                 environment=ollama.environment,

@@ -21,6 +21,15 @@ class DriverFacts(JsonFact):
         return super().command(package_names=list(package_names), blacklist=blacklist)
 
 
+class NvidiaHealth(JsonFact):
+    """Whether the GPU is sound, and what of gpulab-health is on the guest: see `remote/health.py`."""
+
+    script = program(__file__, "health")
+
+    def command(self, files: Sequence[str]) -> StringCommand:
+        return super().command(files=list(files))
+
+
 class SettingsFacts(JsonFact):
     """What the card is set to, and the unit that sets it: see `remote/settings.py`."""
 
