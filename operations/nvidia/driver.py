@@ -219,7 +219,7 @@ def refused_by_secure_boot(said: str = "") -> GpulabError:
             [
                 *([f"modprobe says: {said}"] if said else []),
                 "There are two ways:",
-                "  1. an EFI disk without Microsoft's keys (efidisk0 with pre-enrolled-keys=0), by a rebuild of the guest",
+                "  1. an EFI disk without Microsoft's keys (efidisk0 with pre-enrolled-keys=0): a rebuild of the guest",
                 "  2. DKMS' key enrolled: `mokutil --import /var/lib/dkms/mok.pub` in the guest (Ubuntu: "
                 "/var/lib/shim-signed/mok/MOK.der), a reboot, and `Enroll MOK` on the VM's console",
             ]

@@ -107,7 +107,8 @@ def decide(found: Mapping[str, Any]) -> Actions:
     """
     if not found or found["grub"] is None:
         return Actions()
-    dropin = kept(found)
+    # A running kernel that GRUB does not know is an error only when the newest can't be built for, either.
+    dropin = kept(found) if entry_of(found, found["running"]) else None
     if dropin is not None and dropin == found["dropin"]:
         return Actions(dropin=dropin, regenerate=boots_next(found) != found["running"])
     missing = without_module(found) if found["source"] else []

@@ -178,7 +178,8 @@ def build_failure(log: str) -> dict[str, Any]:
             return {
                 "file": folder.sub("", words.get("file") or ""),
                 "line": int(words.get("line") or 0),
-                "error": words["error"].strip(),
+                # gcc's quotation marks, in some locales.
+                "error": re.sub("[\u2018\u2019]", "'", words["error"].strip()),
                 "more": len({match.group() for match in found}) - 1,
             }
     lines = [line for line in log.splitlines() if line.strip()]

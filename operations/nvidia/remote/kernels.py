@@ -22,16 +22,7 @@ def read(dropin: str) -> dict[str, Any]:
     config = text(GRUB)
     return {
         "running": running,
-        "kernels": [
-            {
-                "release": release,
-                "headers": headers.get(f"linux-headers-{release}") is not None,
-                "headers_exist": headers.get(f"linux-headers-{release}") is not None
-                or bool(run("apt-cache", "show", f"linux-headers-{release}")[1].strip()),
-                "module": run("modinfo", "-k", release, "-F", "version", "nvidia")[1].strip() or None,
-            }
-            for release in releases
-        ],
+        "kernels": [kernel(release, headers.get(f"linux-headers-{release}") is not None) for release in releases],
         # What DKMS has sources of: `nvidia/580.95.05`.
         "source": next(
             (line.partition(",")[0].partition(":")[0] for line in status if line.startswith("nvidia")), None
@@ -39,6 +30,13 @@ def read(dropin: str) -> dict[str, Any]:
         "grub": None if config is None else {"entries": entries(config), "default": default(config, grubenv())},
         "dropin": text(dropin),
     }
+
+
+def kernel(release: str, headers: bool) -> dict[str, Any]:
+    """One kernel: the version of its NVIDIA module, and whether it has headers or could get some to build it."""
+    module = run("modinfo", "-k", release, "-F", "version", "nvidia")[1].strip() or None
+    exist = headers or (module is None and bool(run("apt-cache", "show", f"linux-headers-{release}")[1].strip()))
+    return {"release": release, "headers": headers, "headers_exist": exist, "module": module}
 
 
 def order(release: str) -> list[tuple[int, int, str]]:
