@@ -15,6 +15,8 @@ TOOLKIT_SOURCES = "/etc/apt/sources.list.d/gpulab-nvidia-toolkit.sources"
 #: Armoured, as downloaded: it can be compared with its digest at any time.
 TOOLKIT_KEY = "/usr/share/keyrings/gpulab-nvidia-toolkit.asc"
 PIN = "/etc/apt/preferences.d/gpulab-nvidia"
+#: Harmless where unattended-upgrades is not installed, and there before somebody installs it.
+UNATTENDED = "/etc/apt/apt.conf.d/52gpulab-nvidia"
 
 
 def sources(
@@ -30,8 +32,13 @@ def sources(
 
 def pin(branch: str, version: str | None, toolkit: Sequence[str], toolkit_version: str) -> str:
     """The preferences file: the driver's branch, or its exact version, and the toolkit's exact version."""
-    driver = f"{version}-*" if version else f"{branch}.*"
+    driver = driver_pin(branch, version)
     return render("nvidia/gpulab-nvidia.pref.j2", driver=driver, toolkit=toolkit, toolkit_version=toolkit_version)
+
+
+def driver_pin(branch: str, version: str | None) -> str:
+    """The versions that the pin keeps the driver to."""
+    return f"{version}-*" if version else f"{branch}.*"
 
 
 @step.step
@@ -49,6 +56,8 @@ def repository(
     """
     Ensure that apt knows NVIDIA's repositories, trusts their keys and keeps to the declared versions.
 
+    unattended-upgrades is kept off everything of NVIDIA's, whether it is installed or not.
+
     + distribution_path: the driver repository's folder for the guest: `debian13/x86_64`
     + url: base of the driver repositories, without the folder
     + toolkit_url: base of the container toolkit's repository
@@ -65,4 +74,6 @@ def repository(
         for source in both
     }
     wanted[PIN] = File(pin(branch, version, toolkit, toolkit_version))
-    yield from repositories.known(both, wanted, noop="apt knows both repositories, their keys and the pin")
+    wanted[UNATTENDED] = File(render("nvidia/52gpulab-nvidia.j2"))
+    noop = "apt knows both repositories, their keys and the pin, and unattended-upgrades keeps off them"
+    yield from repositories.known(both, wanted, noop=noop)
