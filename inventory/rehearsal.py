@@ -47,7 +47,8 @@ guests = [
             "address": f"{_lab['network']}.{100 + number}/24",
             "gateway": f"{_lab['network']}.1",
             "nameserver": _lab["nameserver"],
-            "image": _lab["image"],
+            "distribution": distribution,
+            "image": _lab["cloud_images"][distribution],
             "cores": 2,
             "memory_mib": 2048,
             "system_disk_gib": 16,
@@ -55,9 +56,10 @@ guests = [
             "backup": {"storage": "local", "spare_vmid": 900 + number},
             "boot_timeout_s": 180,
             "nvidia": _lab["nvidia"],
+            "engine": _lab.get("engine", {}),
             "registry_ca": _lab["registry_ca"],
             "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
         },
     )
-    for number, node in enumerate(_lab["nodes"], start=1)
+    for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)
 ]

@@ -9,7 +9,7 @@ import io
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path, PurePosixPath
@@ -50,10 +50,12 @@ class Package:
     conffiles: tuple[str, ...] = ()
     source: str = ""
     architecture: str = "amd64"
+    #: What the description's end says of the content.
+    kind: str = "simulated"
 
     @property
     def filename(self) -> str:
-        return f"{self.name}_{self.version}_{self.architecture}.deb"
+        return f"{self.name}_{self.version.rpartition(':')[2]}_{self.architecture}.deb"
 
 
 def control(package: Package) -> str:
@@ -67,7 +69,7 @@ def control(package: Package) -> str:
         "Section": "non-free/libs",
         "Priority": "optional",
         **package.relations,
-        "Description": f"{package.summary} (simulated)",
+        "Description": f"{package.summary} ({package.kind})",
     }
     return "".join(f"{key}: {value}\n" for key, value in fields.items() if value)
 
@@ -85,6 +87,26 @@ def pack(package: Package) -> bytes:
         ("data.tar.gz", _tar_gz({path.lstrip("/"): entry for path, entry in package.files.items()})),
     ]
     return b"!<arch>\n" + b"".join(_ar_member(name, data) for name, data in parts)
+
+
+def unpack(path: Path) -> dict[str, File | Link]:
+    """The files of a .deb of somebody else's, by absolute path.
+
+    Raises:
+        GpulabError: dpkg-deb cannot read it.
+    """
+    done = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], capture_output=True, check=False)
+    if done.returncode != 0:
+        raise GpulabError(f"{path} is no Debian package", done.stderr.decode(errors="replace").strip())
+    found: dict[str, File | Link] = {}
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        for member in archive:
+            name = f"/{member.name.removeprefix('./')}"
+            if member.issym():
+                found[name] = Link(member.linkname)
+            elif content := archive.extractfile(member) if member.isreg() else None:
+                found[name] = File(content.read(), member.mode)
+    return found
 
 
 def _ar_member(name: str, data: bytes) -> bytes:
@@ -115,19 +137,13 @@ def _folders(paths: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def packages_file(packages: Iterable[Package], folder: Path) -> str:
-    """Write the packages into `folder` and return the repository's `Packages` file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stanzas = []
-    for package in packages:
-        data = pack(package)
-        (folder / package.filename).write_bytes(data)
-        head, _, description = control(package).partition("Description:")
-        stanzas.append(
-            f"{head}Filename: ./{package.filename}\nSize: {len(data)}\n"
-            f"SHA256: {hashlib.sha256(data).hexdigest()}\nDescription:{description}"
-        )
-    return "\n".join(stanzas)
+def stanza(package: Package, data: bytes, folder: str) -> str:
+    """What a `Packages` file says of a package that lies in `folder`, seen from the repository's root."""
+    head, _, description = control(package).partition("Description:")
+    return (
+        f"{head}Filename: {folder}/{package.filename}\nSize: {len(data)}\n"
+        f"SHA256: {hashlib.sha256(data).hexdigest()}\nDescription:{description}"
+    )
 
 
 def release_file(folder: Path, names: Iterable[str], fields: Mapping[str, str], seconds: int) -> str:
@@ -141,10 +157,13 @@ def release_file(folder: Path, names: Iterable[str], fields: Mapping[str, str], 
 
 
 def write_repository(
-    folder: Path, packages: Iterable[Package], fields: Mapping[str, str], key: SigningKey, seconds: int
+    folder: Path, packages: Sequence[tuple[Package, bytes]], fields: Mapping[str, str], key: SigningKey, seconds: int
 ) -> None:
-    """A flat repository: the packages, `Packages`(.gz), `Release`, `Release.gpg` and `InRelease`."""
-    index = packages_file(packages, folder).encode()
+    """A flat repository: the packed packages, `Packages`(.gz), `Release`, `Release.gpg` and `InRelease`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for package, data in packages:
+        (folder / package.filename).write_bytes(data)
+    index = "\n".join(stanza(package, data, ".") for package, data in packages).encode()
     (folder / "Packages").write_bytes(index)
     (folder / "Packages.gz").write_bytes(gzip.compress(index, mtime=0))
     (folder / "Release").write_text(release_file(folder, ("Packages", "Packages.gz"), fields, seconds))

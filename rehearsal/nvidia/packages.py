@@ -2,7 +2,8 @@
 """The packages of NVIDIA's two repositories that a compute-only deploy touches: real names, versions and relations.
 
 What they hold is simulated. The module's tools (modprobe, rmmod, lsmod, modinfo, dkms) are put in front of the real
-ones by diversion, and pass on whatever is not about NVIDIA's module.
+ones by diversion, and pass on whatever is not about NVIDIA's module. Real are the MPS daemon and the module's source,
+which does nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ UNITS = "/usr/lib/systemd/system"
 #: Driver versions of the repository and the CUDA version that each reports (1000 * major + 10 * minor).
 DRIVERS = {"580.95.05": 13000, "580.105.08": 13000, "590.44.01": 13010}
 BRANCHES = ("580", "590")
+#: The newest of branch 580 in the repository below `BROKEN` alone, for who asks for it: its module does not build.
+BROKEN_DRIVER = ("580.178.99", 13000)
+#: CUDA toolkits, and the driver that `cuda` pulls in.
+CUDA_TOOLKITS = {"12.9": "12.9.1-1", "13.0": "13.0.2-1", "13.1": "13.1.0-1"}
+CUDA_DRIVER = "590.44.01"
 TOOLKITS = ("1.19.1-1", "1.20.0-1")
 
 #: Tools that are diverted, and where the real one is started from: kmod looks at the name it was called by.
@@ -98,6 +104,21 @@ NOUVEAU = "blacklist nouveau\noptions nouveau modeset=0\n"
 
 
 @dataclass(frozen=True)
+class Mps:
+    """The real MPS daemon: the file name of Debian's package, and its programs by name."""
+
+    package: str
+    programs: Mapping[str, bytes]
+
+    def note(self) -> str:
+        return (
+            f"{' and '.join(f'/usr/bin/{name}' for name in sorted(self.programs))} are real:\n"
+            f"taken unchanged from Debian's package {self.package}.\n"
+            "All else of this package is simulated (gpulab rehearsal).\n"
+        )
+
+
+@dataclass(frozen=True)
 class Driver:
     """What the compiler made for one driver version."""
 
@@ -106,6 +127,28 @@ class Driver:
     cuda: bytes
     smi: bytes
     persistenced: bytes
+    mps: Mps = Mps("none", {})
+    #: Does its module build?
+    builds: bool = True
+
+
+def module_source(version: str, builds: bool = True) -> dict[str, File | Link]:
+    """/usr/src/nvidia-VERSION: the source that DKMS builds, real where headers are, and its dkms.conf."""
+    folder = SOURCE / "dkms"
+    found: dict[str, File | Link] = {}
+
+    def put(name: str, source: str, module: str = "") -> None:
+        content = source.replace("@VERSION@", version).replace("@MODULE@", module)
+        found[f"/usr/src/nvidia-{version}/{name}"] = text(content)
+
+    for name in ("Kbuild", "Makefile", "dkms.conf"):
+        put(name, (folder / name).read_text())
+    for module in ("nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"):
+        source = (folder / "module.c").read_text()
+        if module == "nvidia" and not builds:
+            source += (folder / "broken.c").read_text()
+        put(f"{module}.c", source, module)
+    return found
 
 
 def wrapper(tool: str) -> File:
@@ -203,11 +246,15 @@ def driver_packages(driver: Driver) -> list[Package]:
         package(
             "nvidia-driver-cuda",
             "NVIDIA driver, CUDA part",
-            {"/usr/bin/nvidia-smi": File(driver.smi, 0o755)},
+            {
+                "/usr/bin/nvidia-smi": File(driver.smi, 0o755),
+                **{f"/usr/bin/{name}": File(content, 0o755) for name, content in driver.mps.programs.items()},
+                "/usr/share/doc/nvidia-driver-cuda/README.rehearsal": text(driver.mps.note()),
+            },
             f"libcuda1 (= {full}), libnvidia-ml1 (= {full}), nvidia-persistenced (= {full}), "
             f"nvidia-kernel-open-dkms (= {full}) | nvidia-kernel-dkms (= {full})",
-            Conflicts="nvidia-smi",
-            Replaces="nvidia-smi",
+            Conflicts="nvidia-smi, nvidia-cuda-mps",
+            Replaces="nvidia-smi, nvidia-cuda-mps",
         ),
         package(
             "nvidia-persistenced",
@@ -248,9 +295,7 @@ def driver_packages(driver: Driver) -> list[Package]:
                 f"{HOME}/module.py": text(module),
                 f"{UNITS}/nvidia-simulated-load.service": text(LOAD_UNIT),
                 f"{UNITS}/sysinit.target.wants/nvidia-simulated-load.service": Link("../nvidia-simulated-load.service"),
-                f"/usr/src/nvidia-{version}/dkms.conf": text(
-                    f'PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="{version}"\nAUTOINSTALL="yes"\n# simulated\n'
-                ),
+                **module_source(version, driver.builds),
             },
             f"nvidia-kernel-support (= {full}), firmware-nvidia-gsp (= {full}), python3:any, kmod",
             {
@@ -286,18 +331,84 @@ def pinning_packages(name: str, version: str, pattern: str) -> Package:
     )
 
 
-def keyring_package(url: str, key: bytes) -> Package:
-    """`cuda-keyring`: the key and the source line of the repository at `url`."""
+def foreign_package() -> Package:
+    """A package of somebody else's, in the same repository: it pulls another branch, and no pin names it."""
+    return Package(
+        "acme-gpu-tool",
+        "4.2-1",
+        "a tool that wants the newest driver",
+        {"/usr/bin/acme-gpu-tool": text("#!/bin/sh\necho 'acme-gpu-tool 4.2 (simulated)'\n", 0o755)},
+        {"Depends": f"nvidia-driver-cuda (>= {CUDA_DRIVER.partition('.')[0]})"},
+        architecture="all",
+    )
+
+
+def cuda_packages(release: str, version: str) -> list[Package]:
+    """`cuda-toolkit-X-Y`, with a compiler that only says its version, and the links to it as NVIDIA's packages set."""
+    name = release.replace(".", "-")
+    home = f"/usr/local/cuda-{release}"
+    major = release.partition(".")[0]
+    links = ((f"/usr/local/cuda-{major}", f"cuda-{major}"), ("/usr/local/cuda", "cuda"))
+    priority = release.replace(".", "")
+    installed = "".join(f"    update-alternatives --install {link} {key} {home} {priority}\n" for link, key in links)
+    removed = "".join(f"    update-alternatives --remove {key} {home}\n" for _, key in links)
+    full = f"{version.partition('-')[0]}.0"
+    nvcc = f"""#!/bin/sh
+cat <<END
+nvcc: NVIDIA (R) Cuda compiler driver (simulated)
+Cuda compilation tools, release {release}, V{full}
+END
+"""
+    return [
+        Package(
+            f"cuda-nvcc-{name}",
+            version,
+            f"CUDA compiler {release}",
+            {f"{home}/bin/nvcc": text(nvcc, 0o755)},
+            source="cuda-nvcc",
+        ),
+        Package(
+            f"cuda-toolkit-{name}-config-common",
+            version,
+            f"common files of the CUDA toolkit {release}",
+            {f"{home}/version.json": text(f'{{"cuda": {{"version": "{full}", "name": "simulated"}}}}\n')},
+            scripts={
+                "postinst": f'if [ "$1" = configure ]; then\n{installed}fi\n',
+                "prerm": f'if [ "$1" = remove ]; then\n{removed}fi\n',
+            },
+            source="cuda-toolkit",
+            architecture="all",
+        ),
+        Package(
+            f"cuda-toolkit-{name}",
+            version,
+            f"CUDA toolkit {release}",
+            relations={"Depends": f"cuda-nvcc-{name} (>= {version}), cuda-toolkit-{name}-config-common (>= {version})"},
+            source="cuda-toolkit",
+        ),
+    ]
+
+
+def cuda_package() -> Package:
+    """`cuda`: the newest toolkit, and with it a driver."""
+    release, version = max(CUDA_TOOLKITS.items(), key=lambda pair: tuple(map(int, pair[0].split("."))))
+    depends = f"cuda-toolkit-{release.replace('.', '-')} (>= {version}), nvidia-driver-cuda (>= {CUDA_DRIVER})"
+    return Package("cuda", version, "CUDA meta-package", relations={"Depends": depends})
+
+
+def keyring_package(url: str, folder: str, key: bytes) -> Package:
+    """`cuda-keyring`: the key and the source line of the repository at `url`, whose folder is `debian13` or so."""
     keyring = "/usr/share/keyrings/cuda-archive-keyring.gpg"
+    sources = f"/etc/apt/sources.list.d/cuda-{folder}-x86_64.list"
     return Package(
         "cuda-keyring",
         "1.1-1",
         "key and source of the CUDA repository",
         {
             keyring: File(key),
-            "/etc/apt/sources.list.d/cuda-debian13-x86_64.list": text(f"deb [signed-by={keyring}] {url}/ /\n"),
+            sources: text(f"deb [signed-by={keyring}] {url}/ /\n"),
         },
-        conffiles=("/etc/apt/sources.list.d/cuda-debian13-x86_64.list",),
+        conffiles=(sources,),
         architecture="all",
     )
 

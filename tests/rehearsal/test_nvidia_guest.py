@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_failed_build_leaves_it_added(module: ModuleType, capsys: pytest.Capture
     assert capsys.readouterr().out == "nvidia/580.95.05: added\n"
     with pytest.raises(module.Refused, match=r"FATAL: Module nvidia not found in directory /lib/modules/6\.12\.57"):
         module.modprobe(["nvidia"])
+
+
+def test_source_of_the_broken_driver_fails_as_the_compiler_would(module: ModuleType) -> None:
+    version = packages.BROKEN_DRIVER[0]
+    for path, file in packages.module_source(version, builds=False).items():
+        target = module.SOURCES.parent / path.removeprefix("/usr/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.content)
+    with pytest.raises(module.Refused):
+        module.dkms(["build", version])
+    assert "error: too few arguments to function" in (module.TREE / version / "build/make.log").read_text()
+    line = int(re.search(r"nvidia\.c:(\d+):", (module.TREE / version / "build/make.log").read_text()).group(1))
+    source = (module.SOURCES / f"nvidia-{version}/nvidia.c").read_text().splitlines()
+    assert "pci_resize_resource" in source[line - 1]
 
 
 def test_module_brings_what_it_needs(module: ModuleType) -> None:

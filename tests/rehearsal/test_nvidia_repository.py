@@ -7,7 +7,7 @@ import hashlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rehearsal.nvidia import packages, service
-from rehearsal.nvidia.deb import File, Package, pack, text
+from rehearsal.nvidia.deb import File, Package, pack, text, unpack
 
 CUDA = "compute/cuda/repos/debian13/x86_64"
 TOOLKIT = "libnvidia-container/stable/deb/amd64"
@@ -26,6 +26,21 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+def mps_of(folder: Path) -> service.Fetch:
+    """In place of the download from Debian: a package with the same files."""
+
+    def fetch(names: Sequence[str]) -> list[Path]:
+        programs = {
+            "/usr/bin/nvidia-cuda-mps-control": text("control", 0o755),
+            "/usr/sbin/nvidia-cuda-mps-server": text("server", 0o755),
+        }
+        package = Package("nvidia-cuda-mps", "550.163.01-2", "MPS", {**programs, "/usr/share/doc/x": text("x")})
+        (folder / package.filename).write_bytes(pack(package))
+        return [folder / package.filename for _ in names]
+
+    return fetch
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[service.Repository, Path, str]]:
     """Both repositories, built and served on the loopback address: (description, folder, URL)."""
@@ -34,7 +49,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[service.Re
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder / "www")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield service.prepare(folder, url), folder, url
+    yield service.prepare(folder, url, mps_of(tmp_path_factory.mktemp("debian"))), folder, url
     server.shutdown()
     server.server_close()
 
@@ -69,11 +84,23 @@ class Apt:
 @pytest.fixture
 def apt(built: tuple[service.Repository, Path, str], tmp_path: Path) -> Apt:
     """apt with NVIDIA's CUDA repository alone, updated."""
+    return apt_with(built, tmp_path, CUDA)
+
+
+def apt_with(built: tuple[service.Repository, Path, str], root: Path, repository: str) -> Apt:
     _, folder, url = built
-    apt = Apt(tmp_path)
-    apt.source(f"deb [signed-by={folder}/www/{CUDA}/cuda-archive-keyring.gpg] {url}/{CUDA}/ /")
+    apt = Apt(root)
+    apt.source(f"deb [signed-by={folder}/www/{repository}/cuda-archive-keyring.gpg] {url}/{repository}/ /")
     done = apt.run("apt-get", "update")
     assert done.returncode == 0, done.stderr
+    # Packages of Debian that ours depend on; they are not what is asked here.
+    (apt.root / "status").write_text(
+        "".join(
+            f"Package: {name}\nStatus: install ok installed\nVersion: {version}\nArchitecture: amd64\n"
+            "Multi-Arch: allowed\nMaintainer: x\nDescription: x\n\n"
+            for name, version in (("libc6", "2.41-12"), ("python3", "3.13.5-1"), ("kmod", "34.2-2"))
+        )
+    )
     return apt
 
 
@@ -112,19 +139,60 @@ def test_one_version_brings_only_packages_of_that_version(
     built: tuple[service.Repository, Path, str], apt: Apt
 ) -> None:
     pin(built, apt, "580.95.05")
-    # Packages of Debian that ours depend on; they are not what is asked here.
-    (apt.root / "status").write_text(
-        "".join(
-            f"Package: {name}\nStatus: install ok installed\nVersion: {version}\nArchitecture: amd64\n"
-            "Multi-Arch: allowed\nMaintainer: x\nDescription: x\n\n"
-            for name, version in (("libc6", "2.41-12"), ("python3", "3.13.5-1"), ("kmod", "34.2-2"))
-        )
-    )
     done = apt.run("apt-get", "install", "--simulate", "nvidia-driver-cuda", "nvidia-kernel-open-dkms")
     assert done.returncode == 0, done.stderr + done.stdout
-    installed = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("Inst ")]
-    assert {version for _, version in installed} == {"(580.95.05-1"}
-    assert "nvidia-persistenced" in {name for name, _ in installed}
+    assert set(chosen(done.stdout).values()) == {"580.95.05-1"}
+    assert "nvidia-persistenced" in chosen(done.stdout)
+
+
+def chosen(output: str) -> dict[str, str]:
+    """What `apt-get --simulate` would install: package to version."""
+    lines = [line.split() for line in output.splitlines() if line.startswith("Inst ")]
+    return {words[1]: words[2].lstrip("(") for words in lines}
+
+
+def test_cuda_meta_package_brings_a_driver_and_a_toolkit_does_not(apt: Apt) -> None:
+    toolkits = apt.run("apt-get", "install", "--simulate", "cuda-toolkit-12-9", "cuda-toolkit-13-0").stdout
+    assert not [name for name in chosen(toolkits) if "driver" in name]
+    assert chosen(apt.run("apt-get", "install", "--simulate", "cuda").stdout)["nvidia-driver-cuda"] == "590.44.01-1"
+
+
+def test_pin_keeps_out_a_foreign_package_that_wants_another_branch(
+    built: tuple[service.Repository, Path, str], apt: Apt
+) -> None:
+    assert apt.run("apt-get", "install", "--simulate", "acme-gpu-tool").returncode == 0
+    pin(built, apt, "580")
+    done = apt.run("apt-get", "install", "--simulate", "acme-gpu-tool")
+    assert done.returncode == 100
+    assert "acme-gpu-tool : Depends: nvidia-driver-cuda (>= 590)" in done.stdout + done.stderr
+
+
+def test_driver_that_does_not_build_is_only_in_the_broken_repository(
+    built: tuple[service.Repository, Path, str], apt: Apt, tmp_path: Path
+) -> None:
+    pin(built, apt, "580")
+    assert apt.candidate("nvidia-kernel-open-dkms") == "580.105.08-1"
+    broken = apt_with(built, tmp_path / "broken", f"{service.BROKEN}/{CUDA}")
+    pin(built, broken, "580")
+    assert broken.candidate("nvidia-kernel-open-dkms") == f"{packages.BROKEN_DRIVER[0]}-1"
+
+
+def test_debian_12_is_offered_the_same_packages(built: tuple[service.Repository, Path, str], tmp_path: Path) -> None:
+    _, folder, _ = built
+    debian_12 = CUDA.replace("debian13", "debian12")
+    assert apt_with(built, tmp_path, debian_12).candidate("nvidia-driver-cuda") == "590.44.01-1"
+    names = [{path.name for path in (folder / "www" / place).glob("*.deb")} for place in (CUDA, debian_12)]
+    assert names[0] == names[1]
+
+
+def test_driver_package_holds_debians_mps_and_says_so(built: tuple[service.Repository, Path, str]) -> None:
+    _, folder, _ = built
+    files = unpack(folder / "www" / CUDA / "nvidia-driver-cuda_580.105.08-1_amd64.deb")
+    assert files["/usr/bin/nvidia-cuda-mps-control"] == text("control", 0o755)
+    assert files["/usr/bin/nvidia-cuda-mps-server"] == text("server", 0o755)
+    note = files["/usr/share/doc/nvidia-driver-cuda/README.rehearsal"]
+    assert isinstance(note, File)
+    assert b"Debian's package nvidia-cuda-mps_550.163.01-2_amd64.deb" in note.content
 
 
 @pytest.mark.parametrize("repository", [CUDA, TOOLKIT])
@@ -172,7 +240,7 @@ def test_digests_are_those_of_the_key_files(built: tuple[service.Repository, Pat
 def test_second_prepare_builds_nothing(built: tuple[service.Repository, Path, str]) -> None:
     described, folder, url = built
     before = (folder / "www" / CUDA / "InRelease").stat().st_mtime_ns
-    assert service.prepare(folder, url) == described
+    assert service.prepare(folder, url, lambda names: []) == described
     assert (folder / "www" / CUDA / "InRelease").stat().st_mtime_ns == before
 
 

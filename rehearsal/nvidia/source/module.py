@@ -363,13 +363,24 @@ def dkms(words: list[str]) -> None:
 
 
 def dkms_build(version: str) -> None:
-    """ "Compile" for the running kernel. The fault `dkms=fail` leaves it added, as a real build failure does."""
+    """ "Compile" for the running kernel; a failure leaves it added, as a real one does.
+
+    It fails for the fault `dkms=fail`, and for a source with the call that no kernel's headers take.
+    """
     tree = TREE / version
+    source = SOURCES / f"nvidia-{version}/nvidia.c"
+    lines = source.read_text().splitlines() if source.exists() else []
+    refused = [number for number, line in enumerate(lines, start=1) if "pci_resize_resource(pci_dev, 1)" in line]
     log = tree / "build/make.log"
     write(log, f"DKMS make.log for nvidia-{version} (simulated) for kernel {KERNEL}\n")
     write(tree / "state", "added\n")
-    if fault("dkms") == "fail":
-        write(log, log.read_text() + "error: implicit declaration of function 'simulated_failure'\n")
+    if refused or fault("dkms") == "fail":
+        error = (
+            f"{tree}/build/nvidia.c:{refused[0]}:16: error: too few arguments to function 'pci_resize_resource'"
+            if refused
+            else "error: implicit declaration of function 'simulated_failure'"
+        )
+        write(log, f"{log.read_text()}{error}\n")
         raise Refused(
             f"Error! Bad return status for module build on kernel: {KERNEL} (x86_64)\n"
             f"Consult {log} for more information.",
