@@ -49,7 +49,7 @@ def seconds(specification: str, names: set[str]) -> list[str]:
 
 def device_names(spec: str) -> set[str]:
     """The devices of a specification of our kind: names in lists or objects, not those of hooks or variables."""
-    if not re.search(rf"""["']?kind["']?\s*:\s*["']?{re.escape(KIND)}["'\s,}}]""", spec):
+    if not re.search(rf"""["']?kind["']?\s*:\s*["']?{re.escape(KIND)}(?:["'\s,}}]|$)""", spec):
         return set()
     return set(re.findall(r"""(?:-\s+|["'{,]\s*|^\s+)["']?name["']?\s*:\s*["']?([^\s"',}]+)""", spec, re.M))
 
