@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(kind): the hosts a check is for: nodes, apis, guests, gpus, ollama, backups")
+    config.addinivalue_line("markers", "on(kind): the hosts a check is for, see selection.hosts_for()")
     if config.option.help or getattr(config.option, "markers", False):
         return
     file = config.getoption("--lab")

@@ -793,9 +793,9 @@ def mps_findings(state: Mapping[str, Any]) -> list[Finding]:
         what = "MPS' active thread percentage"
         found.append(Finding("mps.limits", "major", what, str(mps["percentage"]), str(percentage), restart))
     memory = wanted["pinned_memory_limit_mib"]
-    if memory is not None and mebibytes(mps["memory"]) != memory:
-        what = "MPS' limit of pinned device memory"
-        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", f"{memory} MiB", restart))
+    if not same_memory(mps["memory"], memory):
+        what, expected = "MPS' limit of pinned device memory", f"{memory} MiB" if memory is not None else "none"
+        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", expected, restart))
     return found
 
 
@@ -806,10 +806,12 @@ def number(words: str | None) -> float | None:
         return None
 
 
-def mebibytes(words: str | None) -> int | None:
-    """MPS' own way to write memory: `4096M` may read back as `4G`."""
-    size = re.fullmatch(r"([0-9]+)([MG])B?", (words or "").strip().upper())
-    return int(size[1]) * (1024 if size[2] == "G" else 1) if size else None
+def same_memory(told: str, wanted: int | None) -> bool:
+    """Does the daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down; no limit by nothing."""
+    size = re.fullmatch(r"([0-9]+)([MG])", told)
+    if wanted is None or size is None:
+        return wanted is None and not told
+    return int(size[1]) == (wanted if size[2] == "M" else wanted // 1024)
 
 
 def summary(state: Mapping[str, Any]) -> str:
