@@ -7,6 +7,7 @@
 Every host crosses this file. The one step that all of them share keeps the guests behind their nodes.
 """
 
+from inventory import sharing
 from inventory.packages import TOOLKIT
 from operations import containers, hypervisor, nvidia, run, system
 from operations.files import File, files, render
@@ -97,7 +98,28 @@ with run.of_host() as part:
             allow_reboot=guest.allow_reboot,
             reboot_timeout_s=guest.boot_timeout_s,
         )
-        nvidia.persistence(name="Keep the driver initialised", enabled=driver.persistence)
+        nvidia.settings(
+            name="Set power, clocks and modes of the GPU",
+            persistence=driver.persistence,
+            accounting=driver.accounting,
+            power_limit_w=driver.power_limit_w,
+            clocks=(driver.clocks.min_mhz, driver.clocks.max_mhz) if driver.clocks else None,
+            ecc=driver.ecc,
+            compute_mode="DEFAULT" if driver.sharing == "time-slice" else "EXCLUSIVE_PROCESS",
+            allow_reboot=guest.allow_reboot,
+            reboot_timeout_s=guest.boot_timeout_s,
+        )
+        nvidia.thermal(
+            name="Watch the GPU's temperature", policy=driver.thermal.model_dump() if driver.thermal else None
+        )
+        nvidia.sharing(
+            name="Share the GPU",
+            mode=driver.sharing,
+            uid=driver.service_uid,
+            active_thread_percentage=driver.mps.active_thread_percentage,
+            pinned_memory_limit_mib=driver.mps.pinned_memory_limit_mib,
+            tenants={tenant.name: sharing.client(guest, tenant).environment for tenant in guest.tenants},
+        )
 
     if guest:
         containers.engine(
@@ -131,4 +153,5 @@ with run.of_host() as part:
                 data=guest.data_disk.mount,
                 models=ollama.models,
                 environment=ollama.environment,
+                client=sharing.client(guest),
             )

@@ -54,7 +54,15 @@ guests = [
             "data_disk": {"size_gib": 4},
             "backup": {"storage": "local", "spare_vmid": 900 + number},
             "boot_timeout_s": 180,
-            "nvidia": _lab["nvidia"],
+            "nvidia": {
+                **_lab["nvidia"],
+                "power_limit_w": 120,
+                "mps": {"active_thread_percentage": 80, "pinned_memory_limit_mib": 12288},
+            },
+            "tenants": [
+                {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
+                {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
+            ],
             "registry_ca": _lab["registry_ca"],
             "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
         },

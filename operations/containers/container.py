@@ -98,6 +98,7 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
                 "create": spec.create(),
                 "mounts": list(spec.mounts),
                 "folders": spec.folders(),
+                "owned": spec.owned(),
                 "probe": spec.probe,
                 "gpu": bool(spec.devices),
                 "stop_s": spec.stop_s,

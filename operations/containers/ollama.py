@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from inventory.sharing import Client
 from operations import step
 from operations.containers.container import apply, decide, read, record
 from operations.containers.spec import ContainerSpec
@@ -15,6 +16,12 @@ from operations.remote import program
 #: The port that Ollama listens on inside its container.
 PORT = 11434
 
+#: Ollama's home inside its container: the image's own, /root, is closed to any other user.
+HOME = "/var/lib/ollama"
+
+#: A card that asks nothing of its clients.
+ANY_CLIENT = Client()
+
 _PULL = program(__file__, "pull_models")
 
 #: Settings that an inventory may overrule. The context length is Ollama's main consumer of memory beside the model;
@@ -23,10 +30,18 @@ DEFAULTS: Mapping[str, str] = {"OLLAMA_CONTEXT_LENGTH": "8192", "OLLAMA_NO_CLOUD
 
 
 def ollama_spec(
-    image: str, port: int, memory_budget_mib: int, card_memory_mib: int, data: str, environment: Mapping[str, str]
+    image: str,
+    port: int,
+    memory_budget_mib: int,
+    card_memory_mib: int,
+    data: str,
+    environment: Mapping[str, str],
+    client: Client = ANY_CLIENT,
 ) -> ContainerSpec:
     """The container of Ollama; see `ollama()` for the values."""
     ours = {
+        **client.environment,
+        "HOME": HOME,
         "OLLAMA_HOST": f"0.0.0.0:{PORT}",
         # Bytes that Ollama leaves to others, per GPU: this is how its budget is kept.
         "OLLAMA_GPU_OVERHEAD": str((card_memory_mib - memory_budget_mib) * 2**20),
@@ -35,10 +50,14 @@ def ollama_spec(
         name="ollama",
         image=image,
         environment={**DEFAULTS, **environment, **ours},
-        volumes={f"{data}/ollama": "/root/.ollama"},
+        volumes={f"{data}/ollama": f"{HOME}/.ollama"},
+        binds=client.mounts,
         mounts=(data,),
         ports={port: PORT},
         devices=("nvidia.com/gpu=all",),
+        # Said in any case: what a client of MPS has written has to become root's again without it.
+        user=client.user or "0:0",
+        ipc=client.ipc,
         probe=f"http://127.0.0.1:{port}/api/version",
     )
 
@@ -65,12 +84,13 @@ def ollama(
     data: str,
     models: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    client: Client = ANY_CLIENT,
 ) -> step.Commands:
     """
     Ensure that Ollama runs on the GPU within its memory budget and has its models.
 
     It listens on the guest's loopback address only, as its API has no authentication. Models lie under
-    `<data>/ollama`; undeclared ones stay.
+    `<data>/ollama`, which belongs to the user that it runs as; undeclared ones stay.
 
     + image: name and digest
     + port: port on the guest's loopback address
@@ -79,8 +99,9 @@ def ollama(
     + data: mount point of the data disk
     + models: models that must be present; absent ones are pulled
     + environment: further settings of Ollama
+    + client: what the way of sharing asks of a process that uses the card
     """
-    spec = ollama_spec(image, port, memory_budget_mib, card_memory_mib, data, environment or {})
+    spec = ollama_spec(image, port, memory_budget_mib, card_memory_mib, data, environment or {}, client)
     url = f"http://127.0.0.1:{port}"
     found = read(spec, models=f"{url}/api/tags")
     actions = decide(found, spec)

@@ -31,8 +31,11 @@ class ContainerSpec:
     image: str
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    #: Folder of the guest to path in the container. The folder is made when it is missing.
+    #: Folder of the guest to path in the container. The folder is made when it is missing, and `user`'s where that
+    #: is `uid:gid`.
     volumes: Mapping[str, str] = field(default_factory=dict)
+    #: The same for folders of somebody else's, without which the container can't be made.
+    binds: Mapping[str, str] = field(default_factory=dict)
     #: Mount points without which the container must not run: the system disk is not the data disk.
     mounts: tuple[str, ...] = ()
     #: Port on the guest's loopback address to port in the container.
@@ -41,6 +44,8 @@ class ContainerSpec:
     devices: tuple[str, ...] = ()
     #: User (and group) inside; empty: the image's own.
     user: str = ""
+    #: IPC namespace: `host`; empty: its own.
+    ipc: str = ""
     #: The image's files can't be written; what must be lies in `volumes` and `tmpfs`.
     read_only: bool = True
     tmpfs: tuple[str, ...] = ("/tmp",)
@@ -62,12 +67,14 @@ class ContainerSpec:
             "command": " ".join(self.command),
             "devices": ",".join(self.devices),
             "user": self.user,
+            "ipc": self.ipc,
             "read_only": str(self.read_only).lower(),
             "tmpfs": ",".join(self.tmpfs),
             "capabilities": ",".join(self.capabilities),
             "memory_mib": str(self.memory_mib or ""),
             **{f"environment.{key}": value for key, value in self.environment.items()},
             **{f"volume {source}": target for source, target in self.volumes.items()},
+            **{f"bind {source}": target for source, target in self.binds.items()},
             **{f"port 127.0.0.1:{outside}": str(inside) for outside, inside in self.ports.items()},
             **{f"label {key}": value for key, value in self.labels.items()},
         }
@@ -92,6 +99,12 @@ class ContainerSpec:
         """Folders of the guest that must be there before the container is created."""
         return [*self.volumes, *self.guards()]
 
+    def owned(self) -> dict[str, list[int]]:
+        """Folders of `volumes` that must belong to `user`. None, where only the image knows who that is."""
+        numbers = self.user.split(":")
+        known = len(numbers) == 2 and all(map(str.isdigit, numbers))
+        return dict.fromkeys(self.volumes, [int(number) for number in numbers]) if known else {}
+
     def _options(self) -> list[str]:
         words = [f"--label={SERVICE}={self.name}", "--restart=unless-stopped", f"--hostname={self.name}"]
         words += ["--cap-drop=ALL", *[f"--cap-add={name}" for name in self.capabilities]]
@@ -104,11 +117,13 @@ class ContainerSpec:
         # another status than 0 (255), and is started anew. So it is the container itself that cannot start without
         # its data disk, whoever starts it: unlike `--volume`, this refuses a folder that is missing, and in the empty
         # and immutable mount point on the system disk nobody can make it.
-        words += [f"--mount=type=bind,source={source},target={path}" for source, path in sorted(self.volumes.items())]
+        bound = sorted({**self.volumes, **self.binds}.items())
+        words += [f"--mount=type=bind,source={source},target={path}" for source, path in bound]
         words += [f"--mount=type=bind,source={source},target={path},readonly" for source, path in self.guards().items()]
         words += [f"--publish=127.0.0.1:{outside}:{inside}" for outside, inside in sorted(self.ports.items())]
         words += [f"--device={name}" for name in self.devices]
         words += [f"--user={self.user}"] if self.user else []
+        words += [f"--ipc={self.ipc}"] if self.ipc else []
         words += [f"--memory={self.memory_mib}m"] if self.memory_mib is not None else []
         words += [f"--label={key}={value}" for key, value in sorted(self.labels.items())]
         return [*words, self.image, *self.command]

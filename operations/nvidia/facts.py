@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyinfra.api import StringCommand
 
@@ -29,13 +30,35 @@ class NvidiaHealth(JsonFact):
         return super().command(files=list(files))
 
 
-class PersistenceFacts(JsonFact):
-    """The persistence daemon: see `remote/persistence.py`."""
+class SettingsFacts(JsonFact):
+    """What the card is set to, and the unit that sets it: see `remote/settings.py`."""
 
-    script = program(__file__, "persistence")
+    script = program(__file__, "settings")
 
-    def command(self, unit: str) -> StringCommand:
-        return super().command(unit=unit)
+    def command(self, paths: Sequence[str], unit_names: Sequence[str]) -> StringCommand:
+        return super().command(paths=list(paths), unit_names=list(unit_names))
+
+
+class ThermalFacts(JsonFact):
+    """The thermal policy's daemon: see `remote/thermal.py`."""
+
+    script = program(__file__, "thermal")
+
+    def command(self, paths: Sequence[str], unit: str) -> StringCommand:
+        return super().command(paths=list(paths), unit=unit)
+
+
+class MpsFacts(JsonFact):
+    """MPS: its daemon, limits, user and tenants' profiles: see `remote/mps.py`."""
+
+    script = program(__file__, "mps")
+
+    def command(
+        self, paths: Sequence[str], unit: str, pipe: str, tenants: str, user: str, uid: int, order: Mapping[str, Any]
+    ) -> StringCommand:
+        return super().command(
+            paths=list(paths), unit=unit, pipe=pipe, tenants=tenants, user=user, uid=uid, order=dict(order)
+        )
 
 
 class ToolkitFacts(JsonFact):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What the programs on a host share. Standard library only; Python 3.11 and up."""
 
+import base64
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -28,6 +30,21 @@ def text(path: str) -> str | None:
             return file.read()
     except OSError:
         return None
+
+
+def files(paths: Iterable[str]) -> dict[str, dict[str, Any] | None]:
+    """Content (base64), mode and time of each file, None where there is none: what `operations.files.Files` has."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                content, status = file.read(), os.fstat(file.fileno())
+        except (FileNotFoundError, NotADirectoryError):
+            found[path] = None
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        found[path] = {"content": base64.b64encode(content).decode(), "mode": mode, "mtime": status.st_mtime}
+    return found
 
 
 def packages(names: Iterable[str]) -> dict[str, str | None]:

@@ -54,6 +54,10 @@ RemainAfterExit=yes
 ExecStart=/usr/sbin/modprobe -a nvidia nvidia_uvm
 """
 
+#: Units that set the card, and may write nowhere else: the real driver is no file, the simulated card's settings are.
+SETTING_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service")
+SETTING_DROP_IN = "[Service]\n# simulated: the card's settings are a file.\nReadWritePaths=-/run/lab-gpu\n"
+
 PERSISTENCED_UNIT = """\
 [Unit]
 Description=NVIDIA Persistence Daemon (simulated)
@@ -294,6 +298,7 @@ def driver_packages(driver: Driver) -> list[Package]:
                 **tools,
                 f"{HOME}/module.py": text(module),
                 f"{UNITS}/nvidia-simulated-load.service": text(LOAD_UNIT),
+                **{f"{UNITS}/{unit}.d/lab.conf": text(SETTING_DROP_IN) for unit in SETTING_UNITS},
                 f"{UNITS}/sysinit.target.wants/nvidia-simulated-load.service": Link("../nvidia-simulated-load.service"),
                 **module_source(version, driver.builds),
             },

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ class Guest:
             "create": ["new"],
             "mounts": [],
             "folders": [],
+            "owned": {},
             "probe": "",
             "gpu": False,
             "stop_s": 1,
@@ -147,6 +149,43 @@ def test_no_folder_is_made_where_the_data_disk_should_be(guest: Guest, tmp_path:
     assert done.returncode == 1
     assert f"{data} is not mounted" in done.stderr
     assert not list(data.iterdir())
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder of root's with a file and a link out of it."""
+    if os.geteuid() != 0:
+        pytest.skip("not run: only root can give files away")
+    folder = tmp_path / "data"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "blobs/one").write_text("1")
+    (tmp_path / "outside").write_text("")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    return folder
+
+
+def owners(folder: Path) -> dict[str, int]:
+    return {path.name: path.lstat().st_uid for path in [folder, *folder.rglob("*"), folder.parent / "outside"]}
+
+
+def test_a_tree_becomes_the_users_with_all_in_it_and_nothing_else(guest: Guest, tree: Path) -> None:
+    guest.set({"web": "old"})
+    assert guest.replace(owned={str(tree): [850, 850]}).returncode == 0
+    assert owners(tree) == {"data": 850, "blobs": 850, "one": 850, "link": 850, "outside": 0}
+
+
+def test_a_handover_that_was_killed_is_finished(guest: Guest, tree: Path) -> None:
+    os.chown(tree / "blobs", 850, 850)
+    assert guest.replace(owned={str(tree): [850, 850]}).returncode == 0
+    assert set(owners(tree).values()) == {850, 0}
+    assert owners(tree)["one"] == 850
+
+
+def test_a_tree_goes_back_with_the_container_that_could_use_it(guest: Guest, tree: Path) -> None:
+    guest.set({"web": "old"}, broken=["new"])
+    assert guest.replace(owned={str(tree): [850, 850]}).returncode == 1
+    assert guest.containers() == {"web": ("running", "old")}
+    assert set(owners(tree).values()) == {0}
 
 
 def test_a_service_that_never_answers_is_named(guest: Guest) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inventory import GpulabError
+from inventory.sharing import Client
 from operations.containers.container import decide
 from operations.containers.engine import SETTINGS, daemon_settings, mount_unit
 from operations.containers.ollama import full_name, missing_models, ollama_spec
@@ -29,6 +30,8 @@ OTHER: dict[str, Any] = {
     "ports": {8081: 80},
     "devices": ("nvidia.com/gpu=all",),
     "user": "1000",
+    "binds": {"/run/nvidia-mps": "/run/nvidia-mps"},
+    "ipc": "host",
     "read_only": False,
     "tmpfs": ("/tmp", "/run"),
     "capabilities": ("CHOWN",),
@@ -105,6 +108,31 @@ def test_ollama_leaves_the_rest_of_the_card_to_others() -> None:
     assert spec.environment["OLLAMA_CONTEXT_LENGTH"] == "4096"
     assert spec.environment["OLLAMA_HOST"] == "0.0.0.0:11434"
     assert spec.ports == {11434: 11434}
+
+
+def test_ollama_is_the_client_that_the_sharing_asks_for() -> None:
+    client = Client(
+        {"CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps"}, {"/run/nvidia-mps": "/run/nvidia-mps"}, "850:850", "host"
+    )
+    shared = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {"CUDA_MPS_PIPE_DIRECTORY": "/tmp"}, client)
+    words = shared.create()
+    assert {"--user=850:850", "--ipc=host", "--env=CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps"} <= set(words)
+    assert "--mount=type=bind,source=/run/nvidia-mps,target=/run/nvidia-mps" in words
+    # Somebody else's folder is neither made nor given away.
+    assert shared.folders() == ["/srv/data/ollama"]
+    assert shared.owned() == {"/srv/data/ollama": [850, 850]}
+
+
+def test_ollama_of_its_own_has_its_models_where_a_client_has_them_and_as_root() -> None:
+    alone = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {})
+    assert alone.owned() == {"/srv/data/ollama": [0, 0]}
+    assert not [word for word in alone.create() if word.startswith("--ipc")]
+    assert alone.volumes == {"/srv/data/ollama": f"{alone.environment['HOME']}/.ollama"}
+
+
+@pytest.mark.parametrize("user", ["", "1000", "ollama", "ollama:ollama"])
+def test_folders_of_a_user_that_only_the_image_knows_stay_as_they_are(user: str) -> None:
+    assert replace(SPEC, user=user).owned() == {}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def replace(order: dict[str, Any]) -> None:
             raise Failed(f"{mount} is not mounted")
     for folder in order["folders"]:
         os.makedirs(folder, mode=0o750, exist_ok=True)
+    before = {folder: ids(folder) for folder in order["owned"]}
     if exists(new):
         docker("rm", "--force", new)
     docker("create", "--pull", "never", "--name", new, *order["create"])
@@ -49,13 +50,36 @@ def replace(order: dict[str, Any]) -> None:
         docker("rename", name, previous)
     docker("rename", new, name)
     try:
+        # While neither runs: the old one may write as another user.
+        for folder, owner in order["owned"].items():
+            hand_over(folder, *owner)
         start(order)
-    except Failed as failed:
+    except (Failed, OSError) as failed:
         words = f"{failed}\n{last_lines(name)}"
         docker("rm", "--force", name)
+        for folder, former in before.items():
+            hand_over(folder, *former)
         raise Failed(f"{words}\n{put_back(name, previous)}".rstrip()) from None
     if exists(previous):
         docker("rm", "--force", previous)
+
+
+def ids(path: str) -> tuple[int, int]:
+    """User and group of a file itself, not of what it links to."""
+    status = os.lstat(path)
+    return status.st_uid, status.st_gid
+
+
+def hand_over(folder: str, uid: int, gid: int) -> None:
+    """Give a folder and all in it to a user. The folder itself comes last: it says that the rest is done."""
+    if ids(folder) == (uid, gid):
+        return
+    for parent, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = os.path.join(parent, name)
+            if ids(path) != (uid, gid):
+                os.chown(path, uid, gid, follow_symlinks=False)
+    os.chown(folder, uid, gid, follow_symlinks=False)
 
 
 def put_back(name: str, previous: str) -> str:
