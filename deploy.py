@@ -89,7 +89,11 @@ with run.of_host() as part:
             headers=packages.headers,
             branch=driver.branch,
             version=driver.version,
+            vmid=guest.vmid,
+            node=guest.node,
         )
+        # Before a reboot that the driver may need: it must find a kernel with the module.
+        nvidia.kernels(name="Keep to kernels that the driver is built for")
         nvidia.loaded(
             name="Load the installed driver",
             packages=packages.driver,
@@ -97,6 +101,8 @@ with run.of_host() as part:
             version=driver.version,
             allow_reboot=guest.allow_reboot,
             reboot_timeout_s=guest.boot_timeout_s,
+            vmid=guest.vmid,
+            node=guest.node,
         )
         nvidia.settings(
             name="Set power, clocks and modes of the GPU",
@@ -120,8 +126,11 @@ with run.of_host() as part:
             pinned_memory_limit_mib=driver.mps.pinned_memory_limit_mib,
             tenants={tenant.name: sharing.client(guest, tenant).environment for tenant in guest.tenants},
         )
+        nvidia.cuda(name="Install the CUDA toolkits", packages=driver.packages_of_cuda())
 
     if guest:
+        # Behind the driver's pins and holds, which it must find in place.
+        system.upgrades(name="Install security upgrades by themselves, or none", enabled=guest.security_upgrades)
         containers.engine(
             name="Install the container engine",
             packages=guest.engine_packages,

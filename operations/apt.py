@@ -1,24 +1,186 @@
 # SPDX-License-Identifier: MIT
-"""apt on a guest: how versions are compared with what is pinned, and the one way in which packages are installed."""
+"""apt on a guest: how versions are compared, how packages are installed, and what its failures mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from pyinfra.api import QuoteString, StringCommand
+
+from inventory import GpulabError
+from operations.told import Told
 
 #: Seconds to wait for another apt or dpkg (unattended-upgrades after a boot) to end.
 LOCK_S = 300
 
-# A run that was killed inside dpkg leaves its journal behind, and apt then refuses everything.
+# A run that was killed inside dpkg leaves its journal behind, and apt then refuses everything. What that run could not
+# configure (a module that does not build) may go on failing here; apt says so again, or replaces it.
 _INSTALL = """
 set -e
-export DEBIAN_FRONTEND=noninteractive
-[ -z "$(ls -A /var/lib/dpkg/updates)" ] || dpkg --configure -a
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C
+[ -z "$(ls -A /var/lib/dpkg/updates)" ] || dpkg --configure -a || echo "dpkg --configure -a ended with $?"
 apt-get -q -o DPkg::Lock::Timeout={lock} update
 apt-get -q -y -o DPkg::Lock::Timeout={lock} -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
 --no-install-recommends{flags} install "$@"
 """
+
+
+class Failure(NamedTuple):
+    """What made apt fail. `details`: its own words, or what they are about."""
+
+    brief: str
+    hint: str
+    details: str = ""
+
+
+#: The repository that a line of apt's is about, whoever checks signatures: gpgv (Debian 12) or sqv (Debian 13).
+_SIGNED = r"(?:GPG error|OpenPGP signature verification failed): (?P<url>\S+)[^\n]*?"
+_NEWER_KEY = (
+    "the publisher has a newer key: give its digest as `key_sha256` (`toolkit_key_sha256`), or remove the old key file "
+    "from /usr/share/keyrings in the guest, and deploy again: it is fetched anew"
+)
+_WAIT = "wait for its end and deploy again"
+_SHOW = "`apt-cache policy {name}` in the guest shows what its repositories have"
+
+#: Pattern, what is wrong, what helps, further details. The first that fits counts: a cause stands before its effects.
+_KNOWN: tuple[tuple[str, str, str, str], ...] = (
+    (
+        r"You don't have enough free space in (?P<place>\S+?)\.?$",
+        "No space left in {place} on the guest",
+        "`df -h` and `apt-get clean` in the guest; `system_disk_gib` grows its system disk",
+        "",
+    ),
+    (
+        r"No space left on device",
+        "No space left on the guest's disk",
+        "`df -h` and `apt-get clean` in the guest; `system_disk_gib` grows its system disk",
+        "",
+    ),
+    (
+        r"^(?:E|Error): Could not get lock (?P<file>\S+?)\. It is held by process (?P<pid>\d+) \((?P<holder>.*?)\)",
+        "apt's lock {file} is held by {holder} (process {pid})",
+        "`ps -fp {pid}` in the guest shows what it does; " + _WAIT,
+        f"Waited {LOCK_S} s for it.",
+    ),
+    (
+        r"^(?:E|Error): (?:Could not get lock|Unable to acquire|Unable to lock)[^\n]*?(?P<file>/[\w./-]+)",
+        "apt's lock {file} is held by another process",
+        "`fuser -v {file}` in the guest shows which one; " + _WAIT,
+        f"Waited {LOCK_S} s for it.",
+    ),
+    # dpkg's own failures before what a repository only warned of.
+    (
+        r"trying to overwrite '(?P<file>[^']+)', which is also in package (?P<name>\S+)",
+        "{file} belongs to another package already: {name}",
+        "`apt-get remove {name}` in the guest, and deploy again",
+        "",
+    ),
+    (
+        r"dpkg: error processing (?:package|archive) (?P<name>\S+) \(--(?P<step>\w+)\):\n(?P<why>[^\n]*)",
+        "dpkg could not {step} {name}",
+        "`dpkg --configure -a` in the guest shows it again; the next deploy takes up where this one ended",
+        "It says: {why}",
+    ),
+    (
+        _SIGNED + r"(?:EXPKEYSIG|Expired on) (?P<what>[^\n]+)",
+        "The key that signs {url} has expired",
+        _NEWER_KEY,
+        "apt says: expired {what}",
+    ),
+    (
+        _SIGNED + r"(?:NO_PUBKEY|Missing key) (?P<key>[0-9A-F]+)",
+        "{url} is signed by another key than the one that it is trusted by",
+        "a publisher's new key is given as `key_sha256` (`toolkit_key_sha256`); nobody else may sign the repository",
+        "It is signed by {key}.",
+    ),
+    (
+        _SIGNED + r": (?P<why>[^\n]+)",
+        "The signature of {url} is not valid",
+        "a mirror in the middle of an update heals by itself; one that alters files, or signs with SHA-1, does not",
+        "apt says: {why}",
+    ),
+    (
+        r"Release file for (?P<url>\S+) is (?P<how>expired|not valid yet)",
+        "The index of {url} is {how}",
+        "the mirror is stale, or the guest's clock is wrong: `timedatectl` in the guest",
+        "",
+    ),
+    (
+        r"(?P<what>Hash Sum mismatch|File has unexpected size)",
+        "The files of a repository do not fit its index: {what}",
+        "a mirror or proxy in the middle of an update: deploy again in some minutes",
+        "",
+    ),
+    (
+        r"The repository '(?P<url>\S+)[^']*' (?P<how>does not have a Release file|is not signed)",
+        "{url} is no repository that apt can trust: it {how}",
+        "look at the address in the inventory; a signed repository has a file InRelease",
+        "",
+    ),
+    (
+        r"^(?:E|Error|W|Warning): Failed to fetch (?P<url>\S+)\s+(?P<why>[^\n]+)",
+        "{url} can't be had: {why}",
+        "look at the guest's network and name server, and at the address in the inventory",
+        "",
+    ),
+    (
+        r"Unable to locate package (?P<name>\S+)",
+        "No repository of the guest has a package {name}",
+        _SHOW,
+        "",
+    ),
+    (
+        r"Package '(?P<name>[^']+)' has no installation candidate",
+        "No repository of the guest has a version of {name} that its pins allow",
+        _SHOW,
+        "",
+    ),
+    (
+        r"Version '(?P<version>[^']+)' for '(?P<name>[^']+)' was not found",
+        "No repository of the guest has {name} {version}",
+        _SHOW,
+        "",
+    ),
+    (
+        r"dpkg was interrupted, you must manually run",
+        "An earlier run of dpkg was interrupted, and its packages can't be configured",
+        "`dpkg --configure -a` in the guest says which, and why",
+        "",
+    ),
+    (
+        r"The following packages have unmet dependencies:\n(?P<lines>(?: [^\n]*(?:\n|$))+)",
+        "Packages do not go together",
+        "a pin, a hold or a foreign repository stands between them: `apt-cache policy` of those named shows which",
+        "{lines}",
+    ),
+    (
+        r"Held packages were changed and -y was used",
+        "apt would have to change packages that are held",
+        "`apt-mark showhold` in the guest lists them",
+        "",
+    ),
+)
+
+
+def explain(output: str) -> Failure:
+    """What made apt or dpkg fail, by what they printed (in English); with their own last words where it is unknown."""
+    for pattern, brief, hint, details in _KNOWN:
+        if found := re.search(pattern, output, re.MULTILINE):
+            words = {name: " ".join(value.split()) for name, value in found.groupdict().items() if name != "lines"}
+            if "lines" in found.groupdict():
+                words["lines"] = "\n".join(f"  {' '.join(line.split())}" for line in found["lines"].splitlines()[:6])
+            return Failure(brief.format(**words), hint.format(**words), details.format(**words))
+    errors = [line.partition(": ")[2] for line in output.splitlines() if re.match(r"(?:E|Error): ", line)]
+    last = errors or [line for line in output.splitlines() if line.strip()][-5:] or ["it printed nothing"]
+    return Failure(f"apt failed: {last[0].strip()}", "", "\n".join(last[1:]))
+
+
+def error_of(output: str) -> GpulabError:
+    """The error to show for a failed command of apt."""
+    failure = explain(output)
+    return GpulabError(failure.brief, failure.details, failure.hint)
 
 
 def upstream(version: str) -> str:
@@ -42,14 +204,24 @@ def missing(found: Mapping[str, str | None], wanted: Iterable[str]) -> list[str]
 def update() -> StringCommand:
     """Refresh the package lists. An index that can't be had is an error: apt itself would only warn."""
     options = ("-q", "-o", f"DPkg::Lock::Timeout={LOCK_S}", "-o", "APT::Update::Error-Mode=any")
-    return StringCommand("apt-get", *options, "update")
+    return Told("apt-get", *options, "update", explain=error_of)
 
 
-def install(packages: Iterable[str], repin: bool = False) -> StringCommand:
-    """Refresh the package lists and install `packages` (`name` or `name=version`), without recommended ones.
+def install(
+    packages: Iterable[str],
+    repin: bool = False,
+    reinstall: bool = False,
+    explain: Callable[[str], GpulabError] = error_of,
+) -> StringCommand:
+    """Refresh the package lists and install `packages` (`name`, `name=version`; `name-` removes it), without
+    recommended ones.
 
     + repin: held packages may change, and versions may go down
+    + reinstall: also those that are installed: files of theirs are missing
+    + explain: who knows better than apt why it failed
     """
     flags = " --allow-downgrades --allow-change-held-packages" if repin else ""
+    flags += " --reinstall" if reinstall else ""
     script = _INSTALL.format(lock=LOCK_S, flags=flags).strip()
-    return StringCommand("sh", "-c", QuoteString(script), "install", *[QuoteString(word) for word in packages])
+    words = [QuoteString(word) for word in packages]
+    return Told("sh", "-c", QuoteString(script), "install", *words, explain=explain)

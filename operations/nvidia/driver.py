@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 from pyinfra import host
@@ -14,10 +16,18 @@ from pyinfra.api import QuoteString, StringCommand
 from inventory import GpulabError
 from operations import apt, files, step
 from operations.files import File, render
+from operations.nvidia import versions
 from operations.nvidia.facts import DriverFacts
+from operations.nvidia.kernels import BUILD, require_bootable
+from operations.nvidia.repository import PIN, driver_pin
 from operations.reboot import reboot_and_wait
+from operations.told import Told
 
 BLACKLIST = "/etc/modprobe.d/gpulab-nouveau.conf"
+
+#: MiB that must be free before anything is downloaded: the driver's packages, headers, the module's build, and a new
+#: initramfs beside the old one.
+NEEDED_MIB = {"/usr": 1500, "/var": 1500, "/boot": 100}
 
 #: The persistence daemon keeps the module in use, so it steps aside while the module is replaced.
 _RELOAD = """
@@ -42,40 +52,73 @@ dpkg-query -W -f '${Package} ${Version} ${db:Status-Status}\\n' '*nvidia*' '*cud
 
 @dataclass(frozen=True)
 class Actions:
-    """What has to happen to the driver's packages."""
+    """What has to happen to the driver's packages. `why`: what is wrong with those that are installed."""
 
     install: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    reinstall: tuple[str, ...] = ()
     build: bool = False
     hold: bool = False
     blacklist: bool = False
+    why: str = ""
 
     def any(self) -> bool:
-        return bool(self.install) or self.build or self.hold or self.blacklist
+        return bool(self.install or self.reinstall) or self.build or self.hold or self.blacklist
 
 
-def read(packages: Sequence[str]) -> dict[str, Any]:
+def read(packages: Sequence[str], policy: bool = False) -> dict[str, Any]:
     """The driver's state; empty for a guest that does not exist yet."""
-    found: dict[str, Any] = step.read(DriverFacts, package_names=list(packages), blacklist=BLACKLIST)
+    found: dict[str, Any] = step.read(DriverFacts, package_names=list(packages), blacklist=BLACKLIST, policy=policy)
     return found
 
 
-def require_gpu(found: Mapping[str, Any]) -> None:
+def require_gpu(found: Mapping[str, Any], vmid: int | None = None, node: str | None = None) -> None:
     """
+    + vmid, node: the guest's VM, for the commands of the hints
+
     Raises:
-        GpulabError: the guest has no NVIDIA device.
+        GpulabError: the guest has no NVIDIA device, or one that does not answer any more.
     """
-    if found and not found["gpus"]:
+    if not found:
+        return
+    vm, where = vmid or "VMID", f" on {node}" if node else " on the node"
+    if not found["gpus"]:
         raise GpulabError(
-            "The guest has no NVIDIA GPU on its PCI bus",
+            "The guest has no NVIDIA GPU on its PCI bus: its VM was started without one",
             "Expected a display device of vendor 10de.",
-            "look at hostpci0 in the VM's configuration, and whether the card is bound to vfio-pci on the node",
+            f"`qm config {vm} | grep hostpci`{where}: without hostpci0 it was never given one; with it, the running VM "
+            f"is older than that line: `qm stop {vm} && qm start {vm}` (a reboot inside adds no device)",
+        )
+    if reason := fallen(found):
+        raise GpulabError(
+            f"The GPU {found['gpus'][0]['address']} has fallen off the bus: {reason}",
+            "\n".join(found["kernel_log"][-3:]),
+            f"`qm stop {vm} && qm start {vm}`{where} resets the card, which a reboot inside the guest does not; if it "
+            "comes back: power, heat, or the card's seat in its slot",
         )
 
 
+def fallen(found: Mapping[str, Any]) -> str:
+    """Why the card counts as gone, empty when it does not."""
+    if any(not gpu["answers"] for gpu in found["gpus"]):
+        return "its configuration space reads all ones"
+    if found["smi"]["status"] == 0:
+        return ""
+    for line in reversed(found["kernel_log"]):
+        if "fallen off the bus" in line or re.search(r"NVRM: Xid \([^)]*\): 79\b", line):
+            return "the kernel log says so (Xid 79)"
+    if "GPU is lost" in found["smi"]["output"]:
+        return "nvidia-smi says that it is lost"
+    return ""
+
+
 def unfit(found: Mapping[str, Any], packages: Sequence[str], branch: str, version: str | None) -> list[str]:
-    """The driver packages that are not installed at the declared version."""
+    """The driver packages that are not installed at the declared version; all of them, where they are of several."""
     installed = found.get("packages", {})
-    return [name for name in packages if not apt.in_branch(installed.get(name), branch, version)]
+    wrong = [name for name in packages if not apt.in_branch(installed.get(name), branch, version)]
+    if wrong:
+        return wrong
+    return list(packages) if len({apt.upstream(installed[name]) for name in packages}) > 1 else []
 
 
 def header_packages(kernel: str, fallback: str) -> list[str]:
@@ -88,30 +131,144 @@ def header_packages(kernel: str, fallback: str) -> list[str]:
     return [f"linux-headers-{kernel}", f"linux-headers-{flavour[1]}" if flavour else fallback]
 
 
+def leftovers(found: Mapping[str, Any], packages: Sequence[str], branch: str) -> list[str]:
+    """Packages of another branch that the declared one does not know by that name.
+
+    Ubuntu's names carry the branch up to 580, so nothing replaces them: `nvidia-utils-580` must go with its branch.
+    """
+    unnumbered = {name.replace(f"-{branch}", "") for name in packages} - set(packages)
+    found_ones = []
+    for name, installed in found.get("related", {}).items():
+        major = apt.upstream(installed).partition(".")[0]
+        numbered = re.search(r"-(\d{3})(?=-|\.|$)", name)
+        old = numbered is not None and numbered[1] == major != branch
+        if (old or (name in unnumbered and major != branch)) and name not in packages:
+            found_ones.append(name)
+    return found_ones
+
+
+def of_driver(found: Mapping[str, Any]) -> set[str]:
+    """The installed packages that have a driver's version: `580.95.05`, unlike a toolkit's `1.20.0`."""
+    return {name for name, version in found.get("related", {}).items() if re.match(r"\d{3}\.", apt.upstream(version))}
+
+
+def unheld(found: Mapping[str, Any], packages: Sequence[str]) -> bool:
+    """Is a package of the installed driver not held?"""
+    version = found["packages"][packages[0]]
+    return any(found["related"][name] == version for name in of_driver(found) - set(found["held"]))
+
+
+def overridden(
+    found: Mapping[str, Any], packages: Sequence[str], branch: str, version: str | None
+) -> GpulabError | None:
+    """The error for a pin of ours that another file overrides, so that apt would install another driver.
+
+    Only once our own file says what is declared: before, apt's choice is what is about to be changed.
+    """
+    mine = [pin["pin"] for pin in found["preferences"] if pin["file"] == PIN]
+    if f"version {driver_pin(branch, version)}" not in mine:
+        return None
+    choices = {name: found["candidates"].get(name) for name in packages}
+    # No candidate at all is apt's to explain: the repository may not have been read yet.
+    wrong = {name: choice for name, choice in choices.items() if choice and not apt.in_branch(choice, branch, version)}
+    if not wrong:
+        return None
+    others = [
+        f"  {pin['file']}: Package: {pin.get('package', '')}; Pin: {pin['pin']}; "
+        f"Pin-Priority: {pin.get('pin-priority', '')}"
+        for pin in found["preferences"]
+        if pin["file"] != PIN and any(_is_about(pin.get("package", ""), name) for name in wrong)
+    ]
+    name, choice = next(iter(wrong.items()))
+    return GpulabError(
+        f"Something overrides the pin of the driver: apt would install {name} {choice}",
+        "\n".join([f"Expected {version or f'branch {branch}'}.", *(others or ["No other pin names it."])]),
+        "remove that file or its lines, and deploy again"
+        if others
+        else f"`apt-cache policy {name}` in the guest; the declared version may have left the repository",
+    )
+
+
+def _is_about(patterns: str, name: str) -> bool:
+    """Does a `Package:` field concern a package? Regular expressions and source packages by what they name."""
+    for pattern in patterns.split():
+        word = pattern.partition(":")[0] if not pattern.startswith("src:") else pattern.split(":")[1]
+        if fnmatch(name, word) or (pattern.startswith(("src:", "/")) and re.search("nvidia|cuda", word)):
+            return True
+    return False
+
+
+def cramped(found: Mapping[str, Any]) -> GpulabError | None:
+    """The error for a disk that would be full before the driver is installed."""
+    short = {place: free for place, free in found["free_mib"].items() if free < NEEDED_MIB[place]}
+    if not short:
+        return None
+    seen = ", ".join(f"{place} has {free} MiB free, needed are {NEEDED_MIB[place]}" for place, free in short.items())
+    return GpulabError(
+        "The guest's disk has too little space for the driver; nothing was downloaded",
+        f"Seen: {seen}.",
+        "`apt-get clean` and `apt-get autoremove --purge` in the guest (old kernels); `system_disk_gib` grows the disk",
+    )
+
+
+def refused_by_secure_boot(said: str = "") -> GpulabError:
+    """Secure Boot, and the two ways out. `said`: modprobe's words, where it was tried."""
+    return GpulabError(
+        "Secure Boot is on in the guest, and its firmware does not know the key of the module that DKMS builds",
+        "\n".join(
+            [
+                *([f"modprobe says: {said}"] if said else []),
+                "There are two ways:",
+                "  1. an EFI disk without Microsoft's keys (efidisk0 with pre-enrolled-keys=0), by a rebuild of the guest",
+                "  2. DKMS' key enrolled: `mokutil --import /var/lib/dkms/mok.pub` in the guest (Ubuntu: "
+                "/var/lib/shim-signed/mok/MOK.der), a reboot, and `Enroll MOK` on the VM's console",
+            ]
+        ),
+        "the first: the second needs somebody at the console during the boot, which nothing can do over SSH",
+    )
+
+
 def decide(
     found: Mapping[str, Any], packages: Sequence[str], headers: str, branch: str, version: str | None
 ) -> Actions:
     """What has to happen for the packages to be as declared.
 
     Raises:
-        GpulabError: Secure Boot would refuse the module.
+        GpulabError: Secure Boot would refuse the module, the disk is too small, another pin overrides ours, or
+            files that no package brought lie over the driver's.
     """
-    wrong = unfit(found, packages, branch, version)
     blacklist = found.get("blacklist") != render("nvidia/gpulab-nouveau.conf.j2")
     if not found:
         return Actions(tuple(packages), hold=True, blacklist=blacklist)
-    if wrong and found["secure_boot"] and found["loaded"] is None:
+    if found["foreign"]:
         raise GpulabError(
-            "Secure Boot is on in the guest, and modules built by DKMS carry no key that it knows",
-            "Expected Secure Boot off.",
-            "give the VM an EFI disk with pre-enrolled-keys=0, or enrol DKMS' key by hand (mokutil --import)",
+            f"A driver that no package brought lies over the installed one: {found['foreign'][0]}",
+            versions.told(found, branch, version),
+            "NVIDIA's own installer (.run) leaves such files: `nvidia-uninstall` in the guest, and deploy again",
         )
-    build = bool(wrong) or not found["dkms_built"]
-    install = list(packages) if wrong else []
-    if build and not found["headers"] and found["headers_exist"]:
+    if error := overridden(found, packages, branch, version):
+        raise error
+    halfway = bool(found["broken"]) or found["interrupted"]
+    wrong = unfit(found, packages, branch, version)
+    install = list(packages) if wrong or halfway else []
+    build = not install and not found["dkms_built"]
+    if install and found["secure_boot"] and not found["mok_enrolled"] and found["loaded"] is None:
+        raise refused_by_secure_boot()
+    # A single damaged file says which packages it needs; a new version brings all files anyway.
+    reinstall = [] if install else sorted({name for owners in found["damaged"].values() for name in owners})
+    if (install or reinstall or build) and (error := cramped(found)):
+        raise error
+    if (build or install) and not found["headers"] and found["headers_exist"]:
         install = [*header_packages(found["kernel"], headers), *install]
-    unheld = not set(found["family"]) <= set(found["held"])
-    return Actions(tuple(install), build and not wrong, bool(wrong) or unheld, blacklist)
+    return Actions(
+        install=tuple(install),
+        remove=tuple(leftovers(found, packages, branch)),
+        reinstall=tuple(reinstall),
+        build=build,
+        hold=bool(wrong) or halfway or unheld(found, packages),
+        blacklist=blacklist,
+        why=versions.cause(found, packages, branch, version),
+    )
 
 
 @step.step
@@ -120,21 +277,26 @@ def driver(
     headers: str,
     branch: str,
     version: str | None = None,
+    vmid: int | None = None,
+    node: str | None = None,
 ) -> step.Commands:
     """
     Ensure that the driver is installed at the pinned version and built for the running kernel.
 
     The version is the one that the pin of `repository` chooses. An installed driver of the declared branch stays
-    as it is; only a `version` moves it, up or down. All its packages are held. A kernel module that DKMS could not
-    build is an error here, with the end of its log, not at the next boot.
+    as it is; only a `version` moves it, up or down. All its packages are held; those of another branch that the
+    declared one does not know go. A kernel module that DKMS could not build is an error here, told by the compiler's
+    first error, not at the next boot.
 
     + packages: the driver's packages
     + headers: the package that follows kernel headers, for kernels whose name says no flavour
     + branch: driver branch, such as `580`
     + version: exact driver version; None: any of the branch
+    + vmid: the guest's VM, for the commands of a hint
+    + node: its node, for the same
     """
-    found = read(packages)
-    require_gpu(found)
+    found = read(packages, policy=True)
+    require_gpu(found, vmid, node)
     actions = decide(found, packages, headers, branch, version)
     if not actions.any():
         step.noop(f"driver {apt.upstream(found['packages'][packages[0]])} is installed, held and built")
@@ -145,35 +307,56 @@ def driver(
         yield files.write({BLACKLIST: File(render("nvidia/gpulab-nouveau.conf.j2"))})
         script = "if command -v update-initramfs > /dev/null; then update-initramfs -u; fi"
         yield StringCommand("sh", "-c", QuoteString(script))
+    explain = partial(_explain_install, list(packages))
     if actions.install:
-        held = sorted(set(found.get("family", ())) & set(found.get("held", ())))
+        held = sorted((of_driver(found) | set(actions.remove)) & set(found.get("held", ())))
         if held and set(packages) & set(actions.install):
             # --allow-change-held-packages frees only the packages it is given, not what depends on them.
             yield StringCommand("apt-mark", "unhold", *[QuoteString(name) for name in held])
-        yield apt.install(actions.install, repin=True)
+        words = [*actions.install, *(f"{name}-" for name in actions.remove)]
+        yield apt.install(words, repin=True, explain=explain)
+    if actions.reinstall:
+        yield apt.install(actions.reinstall, repin=True, reinstall=True, explain=explain)
     if actions.build:
-        yield StringCommand("sh", "-c", QuoteString('dkms autoinstall -k "$(uname -r)"'))
+        source = next((re.split("[,:]", line)[0] for line in found["dkms"]), "")
+        words = [found["kernel"], source]
+        yield StringCommand("sh", "-c", QuoteString(BUILD.strip()), "build", *map(QuoteString, words))
     if actions.hold:
         yield StringCommand("sh", "-c", QuoteString(_HOLD.strip()), "hold", QuoteString(packages[0]))
-    if actions.install or actions.build:
+    if actions.install or actions.reinstall or actions.build:
         yield step.call(check_built, list(packages), branch, version)
 
 
 def _record(found: Mapping[str, Any], actions: Actions, packages: Sequence[str], wanted: str) -> None:
+    why = (actions.why,) if actions.why else ()
     if actions.install:
         installed = found.get("packages", {})
         moving = [name for name in packages if name in actions.install]
         lines = [f"{name}: {installed.get(name) or 'absent'} -> {wanted}" for name in moving]
+        lines += [f"{name}: {found['related'][name]} -> removed" for name in actions.remove]
         lines += [f"{name}: absent -> its newest" for name in actions.install if name not in packages]
         if found and not found["headers"] and not found["headers_exist"]:
             lines.append(f"without headers: no package linux-headers-{found['kernel']} exists")
-        step.changes("install the NVIDIA driver", tuple(lines))
+        step.changes("install the NVIDIA driver", (*why, *lines))
+    if actions.reinstall:
+        missing = ", ".join(sorted(found["damaged"]))
+        step.changes(f"reinstall {', '.join(actions.reinstall)}", (f"missing on the disk: {missing}",))
     if actions.build:
-        step.changes(f"build the NVIDIA module for kernel {found['kernel']}")
+        step.changes(f"build the NVIDIA module for kernel {found['kernel']}", why)
     if actions.hold:
         step.changes("hold the NVIDIA driver's packages")
     if actions.blacklist:
         step.changes(f"file {BLACKLIST}", ("+blacklist nouveau", "+options nouveau modeset=0"))
+
+
+def _explain_install(packages: Sequence[str], output: str) -> GpulabError:
+    """apt fails when the package of the module can't build it; then the build says why, not apt."""
+    failure = apt.error_of(output)
+    if failure.brief.startswith("dpkg could not configure"):
+        found = read(packages)
+        if not found["dkms_built"] and (found["build_failure"] or not found["headers"]):
+            return unbuilt(found)
+    return failure
 
 
 def check_built(packages: Sequence[str], branch: str, version: str | None) -> None:
@@ -188,15 +371,49 @@ def check_built(packages: Sequence[str], branch: str, version: str | None) -> No
         raise GpulabError(
             f"apt installed another driver than {version or branch}",
             f"Seen: {seen}",
-            "`apt-cache policy nvidia-driver-cuda` in the guest shows what the repository has",
+            f"`apt-cache policy {wrong[0]}` in the guest shows what the repository has",
         )
     if not found["dkms_built"]:
-        status = "; ".join(found["dkms"]) or "nothing"
+        raise unbuilt(found)
+    if found["damaged"]:
+        missing = ", ".join(sorted(found["damaged"]))
         raise GpulabError(
-            f"DKMS has not built the NVIDIA module for the running kernel {found['kernel']}",
-            "\n".join(part for part in (f"dkms status: {status}", found["make_log"]) if part),
-            "a kernel that is newer than the driver needs a newer driver: see nvidia.version",
+            f"Files of the driver are not on the guest's disk: {missing}",
+            versions.told(found, branch, version),
+            "no installed package brings them: `apt-cache policy` of the driver's packages in the guest",
         )
+
+
+def unbuilt(found: Mapping[str, Any]) -> GpulabError:
+    """A module that was not built: which file, which error, which kernel, and what still runs."""
+    failure, kernel = found["build_failure"], found["kernel"]
+    lines = [f"  kernel  {kernel}, which runs"]
+    hint = "a kernel that is newer than the driver needs a newer driver: see nvidia.version and nvidia.branch"
+    if failure is not None:
+        if failure["file"]:
+            lines.append(f"  file    {failure['file']}, line {failure['line']}")
+        more = f" (and {failure['more']} more)" if failure["more"] else ""
+        lines += [f"  error   {failure['error']}{more}", f"  log     {failure['log']}"]
+        if "No space left" in failure["error"]:
+            hint = "`df -h` in the guest; `system_disk_gib` grows its system disk"
+        elif "not found" in failure["error"] or "No such file" in failure["error"]:
+            hint = (
+                "a tool of the build is missing: `apt-get install build-essential dkms` in the guest, and deploy again"
+            )
+    if not found["headers"]:
+        lines.append(f"  headers linux-headers-{kernel} is not installed")
+        if not found["headers_exist"]:
+            hint = (
+                "apt knows no headers of this kernel any more: upgrade the guest's kernel, reboot it and deploy again"
+            )
+    elif failure is None:
+        lines.append(f"  dkms    {'; '.join(found['dkms']) or 'knows of no NVIDIA module'}")
+    runs = f"it still runs driver {found['loaded']}" if found["loaded"] else "it runs without NVIDIA's driver"
+    return GpulabError(
+        f"DKMS has not built the NVIDIA module for the running kernel {kernel}",
+        "\n".join([*lines, f"The guest was not rebooted; {runs}."]),
+        hint,
+    )
 
 
 @dataclass(frozen=True)
@@ -219,28 +436,37 @@ def decide_loading(found: Mapping[str, Any], packages: Sequence[str], branch: st
     """
     if not found:
         return Loading(load=True)
-    changing = bool(unfit(found, packages, branch, version))
-    # What driver() is about to install is on no disk yet: any loaded module is then the wrong one.
-    fits = found["loaded"] is not None and not changing and found["loaded"] == found["on_disk"]
-    if fits:
-        if found["smi"]["status"] != 0:
-            raise silent(found)
-        return Loading()
     if found["loaded"] is None:
-        if found["nouveau"]:
-            return Loading(reboot="nouveau has the card")
-        return Loading(load=True)
+        return (
+            Loading(reboot="nouveau has the card")
+            if any(gpu["driver"] == "nouveau" for gpu in found["gpus"])
+            else Loading(load=True)
+        )
+    # What driver() is about to install is on no disk yet; without an exact version, any loaded module is then wrong.
+    changing = bool(unfit(found, packages, branch, version))
+    target = version if changing else apt.upstream(found["packages"][packages[0]])
+    if found["loaded"] == target:
+        mending = changing or found["damaged"] or not found["dkms_built"] or found["broken"] or found["interrupted"]
+        if found["smi"]["status"] != 0 and not mending:
+            raise silent(found, branch, version)
+        return Loading()
     if found["users"]:
         return Loading(reboot=f"driver {found['loaded']} is in use by {', '.join(found['users'][:3])}")
     return Loading(reload=True)
 
 
-def silent(found: Mapping[str, Any]) -> GpulabError:
+def silent(found: Mapping[str, Any], branch: str, version: str | None) -> GpulabError:
     """nvidia-smi's own words, with the versions that should be equal."""
-    versions = f"loaded {found['loaded']}, on disk {found['on_disk']}"
+    log = [f"  {line}" for line in found["kernel_log"][-3:]]
     return GpulabError(
         "nvidia-smi does not answer",
-        f"It says: {found['smi']['output'] or 'nothing'} (exit status {found['smi']['status']})\nModule: {versions}",
+        "\n".join(
+            [
+                f"It says: {found['smi']['output'] or 'nothing'} (exit status {found['smi']['status']})",
+                versions.told(found, branch, version),
+                *log,
+            ]
+        ),
         "`dmesg | grep -i -e nvrm -e xid` in the guest says why; a card that fell off the bus needs the VM stopped "
         "and started",
     )
@@ -253,42 +479,69 @@ def loaded(
     allow_reboot: bool,
     reboot_timeout_s: int,
     version: str | None = None,
+    vmid: int | None = None,
+    node: str | None = None,
 ) -> step.Commands:
     """
     Ensure that the kernel runs the installed driver and that nvidia-smi answers.
 
     A module of another version is replaced in place when nothing uses the GPU; otherwise the guest is rebooted, if
-    it may be. **Reboot**: only for a reason that the plan names.
+    it may be and if the kernel that boots next has the module. **Reboot**: only for a reason that the plan names.
 
     + packages: the driver's packages
     + branch: driver branch, such as `580`
     + allow_reboot: may the guest be rebooted?
     + reboot_timeout_s: seconds until SSH must answer again
     + version: exact driver version; None: any of the branch
+    + vmid: the guest's VM, for the commands of a hint
+    + node: its node, for the same
     """
     found = read(packages)
-    require_gpu(found)
+    require_gpu(found, vmid, node)
     loading = decide_loading(found, packages, branch, version)
     if not loading.any():
         step.noop(f"the kernel runs driver {found['loaded']}, and nvidia-smi answers")
         return
+    why = versions.cause(found, packages, branch, version) if found else ""
     if loading.reboot:
         if not allow_reboot:
             raise GpulabError(
                 f"{host.name} needs a reboot: {loading.reboot}; allow_reboot is false",
-                resolution="reboot it when it suits its users and deploy again, or set `allow_reboot`",
+                why,
+                "reboot it when it suits its users and deploy again, or set `allow_reboot`",
             )
         step.reboots(loading.reboot)
-        yield step.call(reboot_and_wait, host._get_module(), found["boot_id"], reboot_timeout_s)
+        yield step.call(require_bootable)
+        yield step.call(reboot_and_wait, host, found["boot_id"], reboot_timeout_s)
     elif loading.reload:
-        step.changes(f"replace the loaded NVIDIA module {found['loaded']}")
-        yield StringCommand("sh", "-c", QuoteString(_RELOAD.strip()), "reload")
+        step.changes(
+            f"replace the loaded NVIDIA module {found['loaded']} (nothing uses the GPU)", (why,) if why else ()
+        )
+        yield Told("sh", "-c", QuoteString(_RELOAD.strip()), "reload", explain=unloadable)
     else:
         step.changes("load the NVIDIA module")
     if not loading.reload:
         # After a reboot this makes sure of nvidia_uvm and of its device node.
-        yield StringCommand("modprobe", "-a", "nvidia", "nvidia_uvm")
+        yield Told("modprobe", "-a", "nvidia", "nvidia_uvm", explain=unloadable)
     yield step.call(check_loaded, list(packages), branch, version)
+
+
+def unloadable(output: str) -> GpulabError:
+    """Why modprobe or rmmod failed, from what they printed."""
+    said = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "nothing")
+    if re.search(r"Key was rejected by service|Required key not available", output):
+        return refused_by_secure_boot(said)
+    if "not found in directory" in output:
+        hint = "`dkms status` in the guest; the next deploy builds it for the running kernel"
+    elif re.search(r"Exec format error|Unknown symbol|Invalid module format", output):
+        hint = "the module was built for another kernel: `dkms status` and `uname -r` in the guest"
+    elif "No such device" in output:
+        hint = "the driver finds no card that it knows: `dmesg | grep -i nvrm` in the guest"
+    elif re.search(r"rmmod: ERROR: Module \S+ is in use", output):
+        hint = "`lsmod | grep nvidia` and `fuser -v /dev/nvidia*` in the guest show by whom; a reboot replaces it, too"
+    else:
+        hint = "`dmesg | tail` in the guest says why"
+    return GpulabError("The NVIDIA module could not be loaded", f"It says: {said}", hint)
 
 
 def check_loaded(packages: Sequence[str], branch: str, version: str | None) -> None:
@@ -297,9 +550,10 @@ def check_loaded(packages: Sequence[str], branch: str, version: str | None) -> N
         GpulabError: the loaded module is not the installed one, or nvidia-smi does not answer.
     """
     found = read(packages)
+    require_gpu(found)
     if decide_loading(found, packages, branch, version).any():
         raise GpulabError(
             f"The kernel still runs NVIDIA module {found['loaded'] or 'none'}, not {found['on_disk']}",
-            f"In use by: {', '.join(found['users']) or 'no process'}",
+            f"In use by: {', '.join(found['users']) or 'no process'}\n{versions.told(found, branch, version)}",
             "`dmesg | grep -i nvrm` in the guest says why; a reboot of the guest loads the installed one",
         )

@@ -17,8 +17,8 @@ class DriverFacts(JsonFact):
 
     script = program(__file__, "driver")
 
-    def command(self, package_names: Sequence[str], blacklist: str) -> StringCommand:
-        return super().command(package_names=list(package_names), blacklist=blacklist)
+    def command(self, package_names: Sequence[str], blacklist: str, policy: bool = False) -> StringCommand:
+        return super().command(package_names=list(package_names), blacklist=blacklist, policy=policy)
 
 
 class NvidiaHealth(JsonFact):
@@ -68,3 +68,21 @@ class ToolkitFacts(JsonFact):
 
     def command(self, package_names: Sequence[str], specification: str, unit: str) -> StringCommand:
         return super().command(package_names=list(package_names), specification=specification, unit=unit)
+
+
+class KernelFacts(JsonFact):
+    """The guest's kernels, their modules, and which one boots next: see `remote/kernels.py`."""
+
+    script = program(__file__, "kernels")
+
+    def command(self, dropin: str) -> StringCommand:
+        return super().command(dropin=dropin)
+
+
+class CudaFacts(JsonFact):
+    """The CUDA toolkits, and what installing `simulate` would change: see `remote/cuda.py`."""
+
+    script = program(__file__, "cuda")
+
+    def command(self, package_names: Sequence[str], simulate: Sequence[str] = ()) -> StringCommand:
+        return super().command(package_names=list(package_names), simulate=list(simulate))

@@ -20,6 +20,8 @@ TOOLKIT_SOURCES = "/etc/apt/sources.list.d/gpulab-nvidia-toolkit.sources"
 #: apt tells an armoured key by this ending; as downloaded, it can be compared with its digest at any time.
 TOOLKIT_KEY = "/usr/share/keyrings/gpulab-nvidia-toolkit.asc"
 PIN = "/etc/apt/preferences.d/gpulab-nvidia"
+#: Harmless where unattended-upgrades is not installed, and there before somebody installs it.
+UNATTENDED = "/etc/apt/apt.conf.d/52gpulab-nvidia"
 
 # An altered or broken key never comes near its place.
 _DOWNLOAD = """
@@ -69,8 +71,13 @@ def sources(
 
 def pin(branch: str, version: str | None, toolkit: Sequence[str], toolkit_version: str) -> str:
     """The preferences file: the driver's branch, or its exact version, and the toolkit's exact version."""
-    driver = f"{version}-*" if version else f"{branch}.*"
+    driver = driver_pin(branch, version)
     return render("nvidia/gpulab-nvidia.pref.j2", driver=driver, toolkit=toolkit, toolkit_version=toolkit_version)
+
+
+def driver_pin(branch: str, version: str | None) -> str:
+    """The versions that the pin keeps the driver to."""
+    return f"{version}-*" if version else f"{branch}.*"
 
 
 def stale_keys(found: Mapping[str, Any], wanted: Sequence[Source], changing: Mapping[str, File | None]) -> list[Source]:
@@ -104,6 +111,8 @@ def repository(
     """
     Ensure that apt knows NVIDIA's repositories, trusts their keys and keeps to the declared versions.
 
+    unattended-upgrades is kept off everything of NVIDIA's, whether it is installed or not.
+
     + distribution_path: the driver repository's folder for the guest: `debian13/x86_64`
     + url: base of the driver repositories, without the folder
     + toolkit_url: base of the container toolkit's repository
@@ -120,13 +129,14 @@ def repository(
         for source in both
     }
     wanted[PIN] = File(pin(branch, version, toolkit, toolkit_version))
+    wanted[UNATTENDED] = File(render("nvidia/52gpulab-nvidia.j2"))
     paths = sorted([*wanted, *(source.key for source in both), *(source.lists for source in both)])
     found = step.read(Files, paths=paths)
     changing = files.differing(found, wanted)
     keys = stale_keys(found, both, changing)
     unread = [source for source in both if found.get(source.lists) is None]
     if not (changing or keys or unread):
-        step.noop("apt knows both repositories, their keys and the pin")
+        step.noop("apt knows both repositories, their keys and the pin, and unattended-upgrades keeps off them")
         return
     for source in keys:
         # The digest, where there is one, is the root of trust; a mirror without TLS cannot do without.

@@ -27,3 +27,12 @@ class GuestFacts(JsonFact):
 
     def command(self, package_names: Sequence[str], unit_names: Sequence[str]) -> StringCommand:
         return super().command(package_names=list(package_names), unit_names=list(unit_names))
+
+
+class UpgradesFacts(JsonFact):
+    """Whether the guest upgrades itself: see `remote/upgrades.py`."""
+
+    script = program(__file__, "upgrades")
+
+    def command(self, package: str, path: str, timers: Sequence[str]) -> StringCommand:
+        return super().command(package=package, path=path, timers=list(timers))
