@@ -202,9 +202,8 @@ def healthy() -> dict[str, Any]:
                 "fstab": "UUID=1b2c",
                 "beneath": {"entries": [], "immutable": True},
             },
-            "packages": dict.fromkeys(
-                ("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-timesyncd"), "1"
-            ),
+            "packages": dict.fromkeys((*DEBIAN_13.base, "unattended-upgrades"), "1"),
+            "upgrades": {"runs": True, "reboots": False, "timer": "active"},
             "sent": now,
             "began": now + 0.05,
             "ended": now + 0.15,

@@ -183,7 +183,11 @@ CASES: list[Case] = [
     ("system.data_disk.fstab", "system.data.fstab", None, set()),
     ("system.data_disk.fstab", "system.data.fstab", "/dev/sdb", set()),
     ("system.data_disk.fstab", "system.data.fstab", "UUID=9999", set()),
-    ("system.packages", "system.packages", {}, set()),
+    ("system.packages", "system.packages", {"unattended-upgrades": "2.12"}, set()),
+    ("system.security_upgrades", "system.packages", dict.fromkeys(DEBIAN_13.base, "1"), set()),
+    ("system.security_upgrades", "system.upgrades.runs", False, set()),
+    ("system.security_upgrades", "system.upgrades.reboots", True, set()),
+    ("system.security_upgrades", "system.upgrades.timer", "inactive", set()),
     ("nvidia.driver.loaded", "nvidia.loaded", None, {"nvidia.gpu.visible"}),
     ("nvidia.driver.versions", "nvidia.on_disk", "580.105.08", set()),
     ("nvidia.driver.versions", "nvidia.on_disk", None, set()),
@@ -464,6 +468,15 @@ def test_slow_connection_cannot_tell_the_time(tmp_path: Path) -> None:
 
     assert run.ids("inconclusive") == {"system.time"}
     assert run.status == 1
+
+
+@pytest.mark.parametrize(("runs", "failed"), [(False, set()), (True, {"system.security_upgrades"})])
+def test_undeclared_security_upgrades_do_not_run(tmp_path: Path, runs: bool, failed: set[str]) -> None:
+    observations = doctored("system.upgrades", {"runs": runs, "reboots": False, "timer": "inactive"})
+
+    run = verify(lab_file(tmp_path, guest={"security_upgrades": False}), plugin=Doctored(observations))
+
+    assert run.ids("fail") == failed
 
 
 def test_guest_without_gpu_has_no_gpu_checks(tmp_path: Path) -> None:
