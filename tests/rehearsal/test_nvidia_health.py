@@ -76,7 +76,9 @@ def test_card_in_order(card: Card, program: Path) -> None:
         ({"link_width": 8}, ["link.width", "persistence"]),
         ({"event_reasons": 0x48}, ["throttle", "persistence"]),
         ({"event_reasons": 0x4}, ["persistence"]),
-        ({"temperature_c": 96}, ["temperature", "persistence"]),
+        # A hot card slows itself down.
+        ({"temperature_c": 92}, ["temperature", "throttle", "persistence"]),
+        ({"temperature_c": 96}, ["temperature", "throttle", "persistence"]),
     ],
 )
 def test_each_fault_of_the_card_is_found(
