@@ -85,7 +85,7 @@ def sound() -> dict[str, Any]:
                 "power_limit_w": 120.0,
                 "power_default_w": 140.0,
                 "temperature_c": 47,
-                "thresholds_c": {"shutdown": 98, "slowdown": 95, "full clocks": 90},
+                "thresholds_c": {"slowdown": 95, "full clocks": 90},
                 "processes": [],
                 "unknown": {},
                 "load": dict(LOAD),
