@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(kind): the hosts a check is for, see verify/selection.py")
+    config.addinivalue_line("markers", "on(kind): the hosts a check is for, see selection.hosts_for()")
     config.addinivalue_line("markers", "disruptive: interrupts services; only with --disruptive")
     if config.option.help or getattr(config.option, "markers", False):
         return

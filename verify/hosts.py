@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import secrets
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from testinfra.backend.paramiko import ParamikoBackend
 
 from inventory import Guest, Node
 
+ROOM = Path(__file__).parent
 #: Seconds until a host that does not answer is given up.
 CONNECT_S = 10.0
 
@@ -109,7 +111,7 @@ class Connection:
             Unreadable: the script did not end well within `limit_s` seconds without output.
         """
         self.open()
-        command = ["python3", "-I", "-c", script.read_text(), json.dumps(arguments)]
+        command = ["python3", "-I", "-c", whole(script), json.dumps(arguments)]
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
         self._backend.limit_s = limit_s
@@ -150,6 +152,17 @@ class Connection:
         client = vars(self._backend).get("client")
         if client is not None:
             client.close()
+
+
+def whole(script: Path) -> str:
+    """The text of a script with the modules of verify that it imports in front of it: nothing is installed there."""
+    future = "from __future__ import annotations\n"
+    parts = []
+    text = script.read_text()
+    for line, module in re.findall(r"^(from verify\.(\w+) import .*\n)", text, re.MULTILINE):
+        parts.append((ROOM / f"{module}.py").read_text())
+        text = text.replace(line, "")
+    return future + "".join(part.replace(future, "") for part in [*parts, text])
 
 
 def private_key(file: str | None) -> paramiko.PKey | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from inventory import Guest, Lab, Node, sharing
 from inventory.packages import TOOLKIT
+from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
 
@@ -32,6 +33,8 @@ SUBJECTS = (
     "vm",
     "backup",
 )
+#: What sets the card at boot, watches its temperature and shares it.
+GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
 #: Seconds for a container to be started, disturbed and removed.
@@ -130,6 +133,15 @@ class Readers:
             "folder": connection.send(Path(module.origin)),
             "packages": [*guest.packages.driver, *TOOLKIT],
             "repositories": [guest.nvidia.repository, guest.nvidia.toolkit_repository],
+            "cuda": guest.nvidia.cuda,
+            "units": GPU_UNITS,
+            "mps": {
+                "user": SERVICE_USER,
+                "pipe": PIPE_DIRECTORY,
+                "log": LOG_DIRECTORY,
+                "clients": guest.nvidia.sharing == "mps",
+            },
+            "tenants": TENANTS,
         }
         return connection.read(ROOM / "nvidia/remote.py", arguments)
 

@@ -30,9 +30,10 @@ def limited(lab: Lab, limits: Collection[str]) -> list[str]:
 def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
     """The hosts among `chosen` that checks of a kind are for.
 
-    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `ollama` those that run it,
-    `backups` those with declared backups, `docker` those with a GPU and Docker, `gpu_containers` those on which verify
-    can start a container with the GPU: with Ollama's image, or with Podman, which needs none.
+    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `mps` those of them that
+    share it with MPS and `no_mps` the others, `ollama` those that run it, `backups` those with declared backups,
+    `docker` those with a GPU and Docker, `gpu_containers` those on which verify can start a container with the GPU:
+    with Ollama's image, or with Podman, which needs none.
     """
     guests = [guest for guest in lab.guests.values() if guest.name in chosen]
     match kind:
@@ -44,6 +45,9 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests]
         case "gpus":
             return [guest.name for guest in guests if guest.gpu is not None]
+        case "mps" | "no_mps":
+            with_mps = kind == "mps"
+            return [each.name for each in guests if each.gpu and (each.nvidia.sharing == "mps") == with_mps]
         case "backups":
             return [guest.name for guest in guests if guest.backup is not None]
         case "ollama":

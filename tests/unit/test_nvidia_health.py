@@ -85,7 +85,7 @@ def sound() -> dict[str, Any]:
                 "power_limit_w": 120.0,
                 "power_default_w": 140.0,
                 "temperature_c": 47,
-                "thresholds_c": {"shutdown": 98, "slowdown": 95, "full clocks": 90},
+                "thresholds_c": {"slowdown": 95, "full clocks": 90},
                 "processes": [],
                 "unknown": {},
                 "load": dict(LOAD),
@@ -155,6 +155,7 @@ CASES: list[tuple[str, Any, str, str, str]] = [
     ("mps.answers", False, "mps.daemon", "major", "does not answer"),
     ("mps.percentage", "100.0", "mps.limits", "major", "100.0, expected 60"),
     ("mps.memory", "16G", "mps.limits", "major", "16G, expected 4096 MiB"),
+    ("expected.mps.pinned_memory_limit_mib", None, "mps.limits", "major", "4G, expected none"),
     ("mps.memory", "", "mps.limits", "major", "none, expected 4096 MiB"),
     ("gpus", LOST, "gpu.lost", "critical", "stop and start the VM"),
     ("gpus", [{"index": 0, "error": "Unknown Error", "code": 999}], "gpu.error", "critical", "GPU 0 does not answer"),
@@ -201,6 +202,12 @@ def test_without_gpu_or_driver_one_line_says_why(changes: dict[str, Any], id_: s
 
     assert finding.id == id_
     assert words in str(finding)
+
+
+def test_memory_limit_is_told_in_whole_gibibytes() -> None:
+    assert judge(changed("expected.mps.pinned_memory_limit_mib", 4100)) == []
+    assert health.same_memory("512M", 512) and not health.same_memory("512M", 1024)
+    assert health.same_memory("", None) and not health.same_memory("nonsense", None)
 
 
 def test_worst_finding_comes_first() -> None:

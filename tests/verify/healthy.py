@@ -54,6 +54,17 @@ GUEST: dict[str, Any] = {
     "description": "The lab's GPU.",
     "ssh_public_key": "ssh-ed25519 AAAA user@host",
     "image": {"url": "https://images.example/debian.qcow2", "checksum": "sha256:" + 64 * "a", "filename": "d.qcow2"},
+    "nvidia": {
+        "cuda": ["12.9", "13.0"],
+        "power_limit_w": 120,
+        "clocks": {"min_mhz": 1200, "max_mhz": 1560},
+        "ecc": False,
+        "mps": {"active_thread_percentage": 60, "pinned_memory_limit_mib": 8200},
+    },
+    "tenants": [
+        {"name": "astro", "active_thread_percentage": 50, "memory_limit_mib": 6144, "priority": "below-normal"},
+        {"name": "ml", "active_thread_percentage": 60},
+    ],
     "backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}, "spare_vmid": 901},
     "services": {"ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"]}},
 }
@@ -191,17 +202,44 @@ def healthy() -> dict[str, Any]:
                 "fstab": "UUID=1b2c",
                 "beneath": {"entries": [], "immutable": True},
             },
-            "packages": dict.fromkeys(
-                ("ca-certificates", "curl", "gnupg", "e2fsprogs", "python3", "systemd-timesyncd"), "1"
-            ),
+            "packages": dict.fromkeys((*DEBIAN_13.base, "unattended-upgrades"), "1"),
+            "upgrades": {"runs": True, "reboots": False, "timer": "active"},
             "sent": now,
             "began": now + 0.05,
             "ended": now + 0.15,
             "received": now + 0.2,
         },
         "nvidia": {
+            "on_bus": ["0000:01:00.0"],
             "loaded": "580.95.05",
             "on_disk": "580.95.05",
+            "library": "580.95.05",
+            "firmware": ["580.105.08", "580.95.05"],
+            "nouveau": {"loaded": False, "blacklisted": True},
+            "next_kernel": {"running": "6.12.48+deb13-amd64", "kernel": "6.12.57+deb13-amd64", "module": "580.95.05"},
+            "installed": {
+                **dict.fromkeys((*DEBIAN_13.driver, "libcuda1", "libnvidia-ml1"), "580.95.05-1"),
+                **dict.fromkeys(TOOLKIT, "1.20.0-1"),
+                "cuda-toolkit-12-9": "12.9.1-1",
+                "unattended-upgrades": "2.12",
+            },
+            "held": [*DEBIAN_13.driver, "libcuda1", "libnvidia-ml1", "vim"],
+            "apt": {"runs": True, "blacklist": [".*nvidia", "libcuda"]},
+            "cuda": {"12.9": "12.9", "13.0": "13.0"},
+            "fallen": None,
+            "units": {
+                "gpulab-gpu-settings.service": {"active": "inactive", "enabled": "enabled"},
+                "gpulab-gpu-thermal.service": {"active": "active", "enabled": "enabled"},
+                "gpulab-mps.service": {"active": "active", "enabled": "enabled"},
+            },
+            "mps": {
+                "daemons": [800],
+                "percentage": {"status": 0, "says": "60.0"},
+                "memory": {"status": 0, "says": "8G"},
+                "servers": [{"pid": 801, "uid": 850}],
+                "stranger": {"status": 1, "says": "Cannot find MPS control daemon process"},
+            },
+            "tenants": {"astro": profile("50", "1", "0=6144M"), "ml": profile("60", "0")},
             "policy": {
                 **{name: dict(versions) for name in DEBIAN_13.driver},
                 **{name: {"installed": "1.20.0-1"} for name in TOOLKIT},
@@ -221,8 +259,26 @@ def healthy() -> dict[str, Any]:
                         "link_generation": 1,
                         "persistence": 1,
                         "ecc": 0,
-                        "ecc_uncorrected": None,
+                        "ecc_pending": 0,
+                        "ecc_uncorrected": 0,
                         "remapped": [0, 0, 0],
+                        "accounting": 1,
+                        "compute_mode": 3,
+                        "power_limit_w": 120.0,
+                        "power_enforced_w": 120.0,
+                        "power_default_w": 140.0,
+                        "temperature_c": 61,
+                        "temperature_max_c": 90,
+                        "replays": [7, 7],
+                        "processes": [{"pid": 801, "name": "nvidia-cuda-mps-server", "uid": 850}],
+                        "work": {
+                            "by": [],
+                            "error": "",
+                            "generation": 4,
+                            "clock_mhz": 1545,
+                            "use": 40,
+                            "reasons": 0x4,
+                        },
                     }
                 ],
             },
@@ -271,6 +327,17 @@ def healthy() -> dict[str, Any]:
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
+    }
+
+
+def profile(percentage: str, priority: str, memory: str | None = None) -> dict[str, str]:
+    """The environment of a tenant."""
+    return {
+        "CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps",
+        "CUDA_MPS_LOG_DIRECTORY": "/var/log/nvidia-mps",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage,
+        "CUDA_MPS_CLIENT_PRIORITY": priority,
+        **({"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": memory} if memory else {}),
     }
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from inventory.packages import DEBIAN_13
 from tests.verify.healthy import (
+    GUEST,
     PASSTHROUGH,
     WORDS,
     Doctored,
@@ -17,6 +19,7 @@ from tests.verify.healthy import (
     function,
     healthy,
     lab_file,
+    profile,
     ps_entry,
     specification,
     stored,
@@ -35,7 +38,14 @@ NEED_VM = [
     *("cloudinit", "cpu_type", "numa", "pinning", "startup", "protection", "labels"),
 ]
 VM = {f"vm.{name}" for name in NEED_VM}
-GPU = {f"nvidia.gpu.{name}" for name in ["memory", "link", "persistence", "memory_health"]}
+MPS = {f"nvidia.mps.{name}" for name in ["limits", "server", "closed"]}
+NEED_GPU = [
+    *("memory", "client", "link", "link.generation", "replay", "throttle", "temperature", "thermal", "settings"),
+    *("power_limit", "clocks", "ecc", "compute_mode", "accounting", "persistence", "memory_health"),
+]
+GPU = MPS | {"nvidia.mps.daemon", "nvidia.mps.uid", *(f"nvidia.gpu.{name}" for name in NEED_GPU)}
+WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
+UNITS = "nvidia.units"
 OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
 ENGINE = {
     "containers.cdi",
@@ -182,25 +192,80 @@ CASES: list[Case] = [
     ("system.data_disk.fstab", "system.data.fstab", None, set()),
     ("system.data_disk.fstab", "system.data.fstab", "/dev/sdb", set()),
     ("system.data_disk.fstab", "system.data.fstab", "UUID=9999", set()),
-    ("system.packages", "system.packages", {}, set()),
+    ("system.packages", "system.packages", {"unattended-upgrades": "2.12"}, set()),
+    ("system.security_upgrades", "system.packages", dict.fromkeys(DEBIAN_13.base, "1"), set()),
+    ("system.security_upgrades", "system.upgrades.runs", False, set()),
+    ("system.security_upgrades", "system.upgrades.reboots", True, set()),
+    ("system.security_upgrades", "system.upgrades.timer", "inactive", set()),
     ("nvidia.driver.loaded", "nvidia.loaded", None, {"nvidia.gpu.visible"}),
     ("nvidia.driver.versions", "nvidia.on_disk", "580.105.08", set()),
     ("nvidia.driver.versions", "nvidia.on_disk", None, set()),
     ("nvidia.driver.versions", "nvidia.loaded", "580.105.08", set()),
+    ("nvidia.driver.versions", "nvidia.library", "550.163.01", set()),
+    ("nvidia.driver.versions", "nvidia.firmware", ["580.105.08"], set()),
+    ("nvidia.driver.nouveau", "nvidia.nouveau.loaded", True, set()),
+    ("nvidia.driver.nouveau", "nvidia.nouveau.blacklisted", False, set()),
+    ("nvidia.driver.next_kernel", "nvidia.next_kernel.module", None, set()),
+    ("nvidia.driver.next_kernel", "nvidia.next_kernel.module", "580.82.07", set()),
+    ("nvidia.driver.held", "nvidia.held", [*DEBIAN_13.driver, "libcuda1"], set()),
+    ("nvidia.driver.unattended", "nvidia.apt.blacklist", [".*nvidia"], set()),
+    ("nvidia.driver.unattended", "nvidia.apt.blacklist", ["nvidia", "libcuda"], set()),
     ("nvidia.driver.pin", "nvidia.policy.nvidia-driver-cuda.candidate", "590.44.01-1", set()),
     ("nvidia.driver.pin", "nvidia.policy.nvidia-driver-cuda.priorities", {"580.105.08-1": 500}, set()),
     ("nvidia.driver.pin", "nvidia.policy.nvidia-driver-cuda.candidate", None, set()),
     ("nvidia.toolkit.version", "nvidia.policy.libnvidia-container1.installed", "1.17.4-1", set()),
     ("nvidia.toolkit.version", "nvidia.policy.nvidia-container-toolkit.installed", None, set()),
     ("nvidia.repository.signed", "nvidia.sources", {"https://nvidia.github.io/libnvidia-container": []}, set()),
+    ("nvidia.cuda", "nvidia.cuda.13~0", "12.9", set()),
+    ("nvidia.cuda", "nvidia.cuda.12~9", "", set()),
     ("nvidia.gpu.visible", "nvidia.nvml", {"error": "GPU is lost", "gpus": []}, GPU),
     ("nvidia.gpu.visible", "nvidia.nvml.gpus", [], GPU),
+    ("nvidia.gpu.visible", "nvidia.on_bus", [], {"nvidia.gpu.xid"}),
     ("nvidia.gpu.memory", "nvidia.nvml.gpus.0.memory_mib", 8188, set()),
+    ("nvidia.gpu.client", "nvidia.nvml.gpus.0.work.error", "cuInit: CUDA_ERROR_NO_DEVICE (100)", WORK),
     ("nvidia.gpu.link", "nvidia.nvml.gpus.0.link_width", 8, set()),
     ("nvidia.gpu.link", "nvidia.nvml.gpus.0.link_width", None, set()),
+    ("nvidia.gpu.link.generation", "nvidia.nvml.gpus.0.work.generation", 2, set()),
+    ("nvidia.gpu.link.generation", "nvidia.nvml.gpus.0.work.generation", None, set()),
+    (
+        "nvidia.gpu.link.generation",
+        "nvidia.nvml.gpus.0.work",
+        {"by": ["ollama"], "error": "", "generation": 1, "clock_mhz": 1545, "use": 0, "reasons": 1},
+        set(),
+    ),
+    ("nvidia.gpu.replay", "nvidia.nvml.gpus.0.replays", [7, 9], set()),
+    ("nvidia.gpu.replay", "nvidia.nvml.gpus.0.replays", [None, None], set()),
+    ("nvidia.gpu.throttle", "nvidia.nvml.gpus.0.work.reasons", 0x44, set()),
+    ("nvidia.gpu.throttle", "nvidia.nvml.gpus.0.work.reasons", None, set()),
+    ("nvidia.gpu.temperature", "nvidia.nvml.gpus.0.temperature_c", 90, set()),
+    ("nvidia.gpu.thermal", f"{UNITS}.gpulab-gpu-thermal~service.active", "failed", set()),
+    ("nvidia.gpu.thermal", f"{UNITS}.gpulab-gpu-thermal~service.enabled", "disabled", set()),
+    ("nvidia.gpu.settings", f"{UNITS}.gpulab-gpu-settings~service.enabled", "", set()),
+    ("nvidia.gpu.settings", f"{UNITS}.gpulab-gpu-settings~service.active", "failed", set()),
+    ("nvidia.gpu.power_limit", "nvidia.nvml.gpus.0.power_limit_w", 140.0, set()),
+    ("nvidia.gpu.power_limit", "nvidia.nvml.gpus.0.power_enforced_w", 100.0, set()),
+    ("nvidia.gpu.clocks", "nvidia.nvml.gpus.0.work.clock_mhz", 1800, set()),
+    ("nvidia.gpu.clocks", "nvidia.nvml.gpus.0.work.clock_mhz", 800, set()),
+    ("nvidia.gpu.ecc", "nvidia.nvml.gpus.0.ecc", 1, set()),
+    ("nvidia.gpu.compute_mode", "nvidia.nvml.gpus.0.compute_mode", 0, set()),
+    ("nvidia.gpu.accounting", "nvidia.nvml.gpus.0.accounting", 0, set()),
     ("nvidia.gpu.persistence", "nvidia.nvml.gpus.0.persistence", 0, set()),
     ("nvidia.gpu.memory_health", "nvidia.nvml.gpus.0.remapped", [1, 1, 0], set()),
     ("nvidia.gpu.xid", "nvidia.xids", [31, 79], set()),
+    ("nvidia.mps.daemon", "nvidia.mps", None, MPS),
+    ("nvidia.mps.daemon", "nvidia.mps.percentage", {"status": None, "says": "nothing within 5 s"}, MPS),
+    ("nvidia.mps.daemon", f"{UNITS}.gpulab-mps~service.enabled", "disabled", set()),
+    ("nvidia.mps.limits", "nvidia.mps.percentage.says", "100.0", set()),
+    ("nvidia.mps.limits", "nvidia.mps.memory.says", "", set()),
+    ("nvidia.mps.limits", "nvidia.mps.memory.says", "16G", set()),
+    ("nvidia.mps.server", "nvidia.mps.servers", [], set()),
+    ("nvidia.mps.server", "nvidia.mps.servers", [{"pid": 801, "uid": 0}], set()),
+    ("nvidia.mps.closed", "nvidia.mps.stranger", {"status": None, "says": "nothing within 5 s"}, set()),
+    ("nvidia.mps.closed", "nvidia.mps.stranger", {"status": 0, "says": ""}, set()),
+    ("nvidia.mps.tenants", "nvidia.tenants.astro", profile("50", "1", "0=8192M"), set()),
+    ("nvidia.mps.tenants", "nvidia.tenants", {"astro": profile("50", "1", "0=6144M")}, set()),
+    ("nvidia.mps.tenants", "nvidia.tenants.gone", {}, set()),
+    ("nvidia.mps.uid", "nvidia.nvml.gpus.0.processes", [{"pid": 9, "name": "python3", "uid": 1000}], set()),
     (
         "containers.engine.active",
         "containers.engine",
@@ -301,10 +366,106 @@ def test_every_check_is_broken_by_a_case(tmp_path: Path) -> None:
     assert run.status == 0
 
 
+@pytest.mark.parametrize("fallen", [None, "NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."])
+def test_guest_whose_gpu_is_missing_fails_in_one_line(tmp_path: Path, fallen: str | None) -> None:
+    """As after a start of the VM without its card: the driver refuses to load, and no daemon of its units starts."""
+    observations = healthy()
+    observations["nvidia"] |= {
+        "on_bus": [],
+        "loaded": None,
+        "fallen": fallen,
+        "xids": [79],
+        "nvml": {"error": "Driver Not Loaded", "gpus": []},
+        "mps": {**observations["nvidia"]["mps"], "percentage": {"status": 1, "says": "Cannot find"}, "servers": []},
+    }
+    for unit in observations["nvidia"]["units"].values():
+        unit["active"] = "inactive"
+
+    run = verify(lab_file(tmp_path), "-k", "nvidia", plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"nvidia.gpu.visible"}
+    assert run.ids("not run") == GPU | {"nvidia.gpu.xid", "nvidia.driver.loaded"}
+    message = run.result("nvidia.gpu.visible")["message"]
+    assert "\n" not in message and (fallen or "started without it") in message
+
+
+def test_server_that_a_simulated_card_cannot_have_is_not_run(tmp_path: Path) -> None:
+    observations = doctored("nvidia.mps.servers", [])
+    observations["nvidia"]["simulated"] = ["the kernel module"]
+    guest = {"simulated": "rehearsal", "expected_not_run": ["nvidia.mps.server"]}
+
+    run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations))
+
+    assert (run.status, run.ids("not run"), run.ids("fail")) == (0, {"nvidia.mps.server"}, set())
+
+
+def shared(sharing: str) -> dict[str, Any]:
+    """The healthy lab of another way of sharing."""
+    observations = healthy()
+    nvidia = observations["nvidia"]
+    nvidia |= {"mps": None, "tenants": {}}
+    nvidia["units"]["gpulab-mps.service"] = {"active": "", "enabled": ""}
+    nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": []}
+    return observations
+
+
+@pytest.mark.parametrize("sharing", ["time-slice", "exclusive"])
+def test_other_ways_of_sharing_have_no_daemon(tmp_path: Path, sharing: str) -> None:
+    lab = lab_file(tmp_path, guest={"nvidia": {**GUEST["nvidia"], "sharing": sharing}})
+    observations = shared(sharing)
+
+    run = verify(lab, plugin=Doctored(observations))
+
+    assert (run.status, run.ids("fail")) == (0, set())
+    assert {id_ for id_ in run.ids("pass", "not run") if id_.startswith("nvidia.mps")} == {"nvidia.mps.off"}
+
+    observations["nvidia"]["mps"] = healthy()["nvidia"]["mps"]
+    assert verify(lab, plugin=Doctored(observations)).ids("fail") == {"nvidia.mps.off"}
+    observations["nvidia"] |= {"mps": None, "units": healthy()["nvidia"]["units"]}
+    assert verify(lab, plugin=Doctored(observations)).ids("fail") == {"nvidia.mps.off"}
+
+
+def test_undeclared_settings_are_the_cards_own(tmp_path: Path) -> None:
+    observations = healthy()
+    nvidia = observations["nvidia"]
+    gpu = nvidia["nvml"]["gpus"][0]
+    gpu |= {"power_limit_w": 140.0, "power_enforced_w": 140.0, "ecc": 1, "temperature_c": 95}
+    gpu["work"]["clock_mhz"] = 1800
+    nvidia["mps"] |= {"percentage": {"status": 0, "says": "100.0"}, "memory": {"status": 0, "says": ""}}
+    nvidia |= {"tenants": {}, "cuda": {}}
+    nvidia["units"]["gpulab-gpu-thermal.service"] = {"active": "", "enabled": ""}
+    lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": []})
+
+    run = verify(lab, plugin=Doctored(observations))
+
+    # Nobody watches it: the card's own limit counts.
+    assert run.ids("fail") == {"nvidia.gpu.temperature"}
+    assert run.result("nvidia.gpu.clocks")["message"] == "none declared"
+
+
+def test_card_that_is_slowed_down_may_be_below_its_locked_clock(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["nvidia"]["nvml"]["gpus"][0]["work"] |= {"clock_mhz": 800, "reasons": 0x40}
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"nvidia.gpu.throttle"}
+
+
+def test_no_unattended_upgrades_need_no_list(tmp_path: Path) -> None:
+    observations = doctored("nvidia.apt.blacklist", [])
+    del observations["nvidia"]["installed"]["unattended-upgrades"]
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.result("nvidia.driver.unattended")["message"] == "unattended-upgrades is not installed"
+
+
 def test_driver_of_another_branch_fails_one_check(tmp_path: Path) -> None:
     observations = healthy()
     nvidia = observations["nvidia"]
-    nvidia["loaded"] = nvidia["on_disk"] = "590.44.01"
+    nvidia["loaded"] = nvidia["on_disk"] = nvidia["library"] = nvidia["next_kernel"]["module"] = "590.44.01"
+    nvidia["firmware"] = ["590.44.01"]
     nvidia["policy"]["nvidia-driver-cuda"]["installed"] = "590.44.01-1"
 
     run = verify(lab_file(tmp_path), plugin=Doctored(observations))
@@ -314,7 +475,7 @@ def test_driver_of_another_branch_fails_one_check(tmp_path: Path) -> None:
 
 
 def test_older_version_than_declared_fails(tmp_path: Path) -> None:
-    guest = {"nvidia": {"version": "580.105.08"}}
+    guest = {"nvidia": {**GUEST["nvidia"], "version": "580.105.08"}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 
@@ -326,8 +487,9 @@ def test_older_version_than_declared_fails(tmp_path: Path) -> None:
 def test_card_with_ecc(tmp_path: Path, key: str, value: int) -> None:
     observations = healthy()
     observations["nvidia"]["nvml"]["gpus"][0] |= {"ecc": 1, "ecc_uncorrected": 0, "memory_mib": 15352, key: value}
+    guest = {"nvidia": {**GUEST["nvidia"], "ecc": True}}
 
-    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+    run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations))
 
     assert run.ids("fail") == ({"nvidia.gpu.memory_health"} if key == "ecc_uncorrected" else set())
 
@@ -341,11 +503,20 @@ def test_slow_connection_cannot_tell_the_time(tmp_path: Path) -> None:
     assert run.status == 1
 
 
+@pytest.mark.parametrize(("runs", "failed"), [(False, set()), (True, {"system.security_upgrades"})])
+def test_undeclared_security_upgrades_do_not_run(tmp_path: Path, runs: bool, failed: set[str]) -> None:
+    observations = doctored("system.upgrades", {"runs": runs, "reboots": False, "timer": "inactive"})
+
+    run = verify(lab_file(tmp_path, guest={"security_upgrades": False}), plugin=Doctored(observations))
+
+    assert run.ids("fail") == failed
+
+
 def test_guest_without_gpu_has_no_gpu_checks(tmp_path: Path) -> None:
     observations = doctored("vm.mapping", None)
     del observations["vm"]["config"]["hostpci0"]
 
-    run = verify(lab_file(tmp_path, guest={"gpu": None, "services": {}}), plugin=Doctored(observations))
+    run = verify(lab_file(tmp_path, guest={"gpu": None, "services": {}, "tenants": []}), plugin=Doctored(observations))
 
     assert run.status == 0
     assert not [id_ for id_ in run.ids("pass") if id_.startswith(("nvidia.", "containers."))]

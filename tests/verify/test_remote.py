@@ -531,6 +531,7 @@ def test_xids_of_the_kernel_log() -> None:
 PYNVML = """
 class NVMLError(Exception): pass
 NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 1, 0
+NVML_TEMPERATURE_GPU, NVML_TEMPERATURE_THRESHOLD_GPU_MAX, NVML_CLOCK_GRAPHICS = 0, 3, 0
 class Struct:
     def __init__(self, **values): vars(self).update(values)
 def nvmlInit():
@@ -542,7 +543,12 @@ def nvmlDeviceGetHandleByIndex(index): return index
 def nvmlDeviceGetPciInfo(handle): return Struct(pciDeviceId=0x24b010de, busId=b"00000000:01:00.0")
 def nvmlDeviceGetName(handle): return "NVIDIA RTX A4000"
 def nvmlDeviceGetMemoryInfo(handle): return Struct(total=16376 * 2**20)
-def nvmlDeviceGetEccMode(handle): return (0, 0)
+def nvmlDeviceGetEccMode(handle): return (0, 1)
+def nvmlDeviceGetPowerManagementLimit(handle): return 120000
+def nvmlDeviceGetTemperature(handle, sensor): return 47
+def nvmlDeviceGetTemperatureThreshold(handle, kind): return {3: 90}[kind]
+def nvmlDeviceGetPcieReplayCounter(handle): return 4
+def nvmlDeviceGetComputeRunningProcesses(handle): return [Struct(pid=PID)]
 def nvmlDeviceGetRemappedRows(handle): return (4, 0, 0, 0)
 def nvmlDeviceGetTotalEccErrors(handle, kind, counter): raise AssertionError("not asked while ECC is off")
 def nvmlDeviceGetCurrPcieLinkWidth(handle): return 16
@@ -555,15 +561,18 @@ def nvml(folder: Path, error: str, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     monkeypatch.setattr("sys.path", list(os.sys.path))  # type: ignore[attr-defined]
     monkeypatch.delitem(os.sys.modules, "pynvml", raising=False)  # type: ignore[attr-defined]
     monkeypatch.setattr("sys.dont_write_bytecode", True)
-    put(folder, "pynvml.py", f"ERROR = {error!r}\n{PYNVML}")
+    put(folder, "pynvml.py", f"ERROR, PID = {error!r}, {os.getpid()}\n{PYNVML}")
+    monkeypatch.setattr(nvidia, "WORK_S", 0.1)
     try:
-        return nvidia.read_nvml(str(folder))
+        return nvidia.read_nvml(str(folder), {})
     finally:
         os.sys.modules.pop("pynvml", None)  # type: ignore[attr-defined]
 
 
 def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "sent"
+
+    name = os.path.basename(Path("/proc/self/cmdline").read_text().partition("\0")[0])
 
     found = nvml(folder, "", monkeypatch)
 
@@ -576,9 +585,21 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "link_width": 16,
             "link_generation": 1,
             "persistence": None,
+            "accounting": None,
+            "compute_mode": None,
+            "power_limit_w": 120.0,
+            "power_enforced_w": None,
+            "power_default_w": None,
+            "temperature_c": 47,
+            "temperature_max_c": 90,
             "ecc": 0,
+            "ecc_pending": 1,
             "ecc_uncorrected": None,
             "remapped": [0, 0, 0],
+            "replays": [4, 4],
+            "processes": [{"pid": os.getpid(), "name": name, "uid": os.getuid()}],
+            # This process is on the card: its load is the load.
+            "work": {"by": [name], "error": "", "generation": 1, "clock_mhz": None, "use": None, "reasons": None},
         }
     ]
     assert not folder.exists()
@@ -586,6 +607,145 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_nvml_that_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvml(tmp_path / "sent", "Driver Not Loaded", monkeypatch) == {"error": "Driver Not Loaded", "gpus": []}
+
+
+def test_gpu_of_the_bus(tmp_path: Path) -> None:
+    for address, vendor, class_ in (("0000:01:00.0", "0x10de", "0x030000"), ("0000:01:00.1", "0x10de", "0x040300")):
+        put(tmp_path, f"{address}/vendor", f"{vendor}\n")
+        put(tmp_path, f"{address}/class", f"{class_}\n")
+    put(tmp_path, "0000:02:00.0/vendor", "0x8086\n")
+
+    assert nvidia.on_bus(tmp_path) == ["0000:01:00.0"]
+    assert nvidia.on_bus(tmp_path / "absent") == []
+
+
+def test_parts_of_the_driver_are_read(tmp_path: Path) -> None:
+    put(tmp_path, "nvidia/580.95.05/gsp_ga10x.bin", "")
+    put(tmp_path, "nvidia/570.1/other.bin", "")
+    library = put(tmp_path, "libnvidia-ml.so.580.95.05", "")
+    (tmp_path / "libnvidia-ml.so.1").symlink_to(library)
+    cache = (
+        f"\tlibnvidia-ml.so.1 (libc6) => /lib32/x\n\tlibnvidia-ml.so.1 (libc6,x86-64) => {tmp_path}/libnvidia-ml.so.1\n"
+    )
+
+    assert nvidia.firmware(tmp_path / "nvidia") == ["580.95.05"]
+    assert nvidia.library(cache) == "580.95.05"
+    assert nvidia.library("") is None
+
+
+@pytest.mark.parametrize(("text", "blacklisted"), [("blacklist nouveau\n", True), ("# blacklist nouveau\n", False)])
+def test_nouveau_is_looked_for(tmp_path: Path, text: str, blacklisted: bool) -> None:
+    put(tmp_path, "usr/lib/modprobe.d/nvidia.conf", text)
+    assert nvidia.nouveau(tmp_path) == {"loaded": False, "blacklisted": blacklisted}
+    (tmp_path / "sys/module/nouveau").mkdir(parents=True)
+    assert nvidia.nouveau(tmp_path)["loaded"] is True
+
+
+@pytest.mark.parametrize(("config", "kernel"), [(GRUB.replace("DEFAULT", "1>1"), OLD), (GRUB, NEW), (None, "6.1")])
+def test_kernel_of_the_next_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, kernel: str
+) -> None:
+    asked: list[list[str]] = []
+
+    def modinfo(words: list[str]) -> str:
+        asked.append(words)
+        return "580.95.05\n"
+
+    monkeypatch.setattr(nvidia, "output", modinfo)
+    put(tmp_path, "proc/sys/kernel/osrelease", "6.1\n")
+    if config is not None:
+        put(tmp_path, "boot/grub/grub.cfg", config)
+
+    assert nvidia.next_kernel(tmp_path) == {"running": "6.1", "kernel": kernel, "module": "580.95.05"}
+    assert asked == [["modinfo", "-k", kernel, "-F", "version", "nvidia"]]
+
+
+#: What `apt-config dump` prints of Debian's files and ours.
+APT = """\
+APT "";
+APT::Periodic "";
+APT::Periodic::Unattended-Upgrade "1";
+Unattended-Upgrade "";
+Unattended-Upgrade::Package-Blacklist "";
+Unattended-Upgrade::Package-Blacklist:: ".*nvidia";
+Unattended-Upgrade::Package-Blacklist:: "libnv";
+Unattended-Upgrade::Automatic-Reboot "TRUE";
+"""
+
+
+def test_configuration_of_unattended_upgrades() -> None:
+    assert nvidia.unattended(APT) == {"runs": True, "blacklist": [".*nvidia", "libnv"]}
+    assert nvidia.unattended(APT.replace('"1"', '"0"'))["runs"] is False
+    assert nvidia.unattended("") == {"runs": False, "blacklist": []}
+    found = system.upgrades(APT)
+    assert (found["runs"], found["reboots"]) == (True, True)
+    assert system.upgrades("")["runs"] is False
+
+
+def test_profiles_of_tenants_are_read_as_a_shell_does(tmp_path: Path) -> None:
+    put(tmp_path, "astro.env", "# Written by gpulab.\nA=1\nexport B='0=4 G'\n")
+    put(tmp_path, "README", "A=2")
+
+    assert nvidia.tenants(tmp_path) == {"astro": {"A": "1", "B": "0=4 G"}}
+    assert nvidia.tenants(tmp_path / "absent") == {}
+
+
+#: The control tool: it answers to the folder that it is told to use, refuses in a closed one and hangs in another.
+TOOL = """\
+#!/bin/sh
+read question
+case "$CUDA_MPS_PIPE_DIRECTORY/$question" in
+/hangs/*) exec sleep 60 ;;
+/closed/*) echo "Cannot find MPS control daemon process"; exit 1 ;;
+*/get_default_active_thread_percentage) echo 40.0 ;;
+*/get_server_list) echo PID; echo nonsense ;;
+*) echo 4G ;;
+esac
+"""
+
+
+def test_mps_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = put(tmp_path, "bin/nvidia-cuda-mps-control", TOOL.replace("PID", str(os.getpid())))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(nvidia, "ASK_S", 0.5)
+    put(tmp_path, "proc/7/cmdline", "/usr/bin/nvidia-cuda-mps-control\0-f\0")
+    put(tmp_path, "proc/8/cmdline", "nvidia-cuda-mps-control\0")
+    (tmp_path / f"proc/{os.getpid()}").mkdir()
+
+    found = nvidia.read_mps({"pipe": "/open"}, tmp_path)
+
+    assert (found["daemons"], found["percentage"]) == ([7], {"status": 0, "says": "40.0"})
+    assert found["memory"]["says"] == "4G"
+    assert found["servers"] == [{"pid": os.getpid(), "uid": os.getuid()}]
+    assert nvidia.ask({"pipe": "/closed"}, "ps") == {"status": 1, "says": "Cannot find MPS control daemon process"}
+    assert nvidia.ask({"pipe": "/hangs"}, "ps")["status"] is None
+
+
+def test_stranger_asks_as_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can ask as another user")
+    asked: dict[str, Any] = {}
+
+    def run(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        asked.update(how)
+        return subprocess.CompletedProcess(words, 1, "", "")
+
+    monkeypatch.setattr(nvidia.subprocess, "run", run)
+    nvidia.ask({"pipe": "/x"}, "ps", "nobody")
+
+    assert (asked["user"], asked["extra_groups"], asked["group"] != 0) == ("nobody", [], True)
+
+
+def test_client_of_mps_is_the_service_user() -> None:
+    mps = {"clients": True, "user": "nobody", "pipe": "/p", "log": "/l"}
+
+    found = nvidia.client_as(mps)
+
+    assert found["env"]["CUDA_MPS_PIPE_DIRECTORY"] == "/p"
+    assert (found["user"] > 0, found["extra_groups"]) == (True, [])
+    assert nvidia.client_as({**mps, "clients": False}) == {}
+    assert "user" not in nvidia.client_as({**mps, "user": "gpulab-is-not-here"})
 
 
 # Containers.

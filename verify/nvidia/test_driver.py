@@ -11,6 +11,7 @@ import pytest
 from inventory import Guest
 from inventory.packages import TOOLKIT
 from verify.observations import Observation
+from verify.verdicts import not_run
 
 pytestmark = pytest.mark.on("gpus")
 
@@ -23,22 +24,107 @@ UNPINNED = 500
 @pytest.mark.promise("nvidia.driver.loaded", fix=DEPLOY)
 def test_driver_is_loaded(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     loaded = nvidia["loaded"]
+    if loaded is None and not nvidia["on_bus"]:
+        not_run("there is no GPU in the guest")
     assert loaded is not None, f"{guest.name}: the kernel has no nvidia module loaded, expected R{guest.nvidia.branch}"
     seen(f"{loaded} is loaded")
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.driver.versions", fix=DEPLOY)
-def test_loaded_driver_is_the_installed_one(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
-    versions = {"module on disk": nvidia["on_disk"], "user space": userspace(guest, nvidia)}
+def test_all_parts_of_the_driver_are_of_one_version(
+    guest: Guest, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
+    package = userspace(guest, nvidia)
+    versions = {
+        "module on disk": nvidia["on_disk"],
+        "package": package,
+        "library": nvidia["library"],
+        "GSP firmware": package if package in nvidia["firmware"] else ", ".join(nvidia["firmware"]) or None,
+    }
     if nvidia["loaded"] is not None:
         versions["loaded module"] = nvidia["loaded"]
     told = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
-    assert len(set(versions.values())) == 1 and None not in versions.values(), (
-        f"{guest.name}: {told}; expected one version: "
-        "a driver was upgraded under a loaded module, or DKMS did not build for the running kernel"
+    assert len(set(versions.values())) == 1 and package is not None, (
+        f"{guest.name}: {told}; expected one version: {cause(versions)}"
     )
     seen(told)
+
+
+def cause(versions: dict[str, str | None]) -> str:
+    """What it usually is, by the part that differs from the package."""
+    wrong = [name for name, version in versions.items() if version != versions["package"]]
+    if versions["package"] is None:
+        return "the driver is not installed"
+    if "module on disk" in wrong:
+        return "DKMS did not build the module for the running kernel"
+    if wrong == ["loaded module"]:
+        return "the driver was upgraded under the loaded module"
+    return f"{' and '.join(wrong)} came from elsewhere than the package, or went"
+
+
+@pytest.mark.major
+@pytest.mark.promise("nvidia.driver.nouveau", fix=DEPLOY)
+def test_nouveau_leaves_the_card_alone(guest: Guest, nvidia: Observation) -> None:
+    assert not nvidia["nouveau"]["loaded"], f"{guest.name}: nouveau is loaded, expected the card for NVIDIA's driver"
+    assert nvidia["nouveau"]["blacklisted"], (
+        f"{guest.name}: no file of modprobe.d has `blacklist nouveau`: the next boot may load it first"
+    )
+
+
+@pytest.mark.major
+@pytest.mark.promise("nvidia.driver.next_kernel", fix=DEPLOY)
+def test_kernel_that_boots_next_has_the_module(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
+    kernel, module = nvidia["next_kernel"]["kernel"], nvidia["next_kernel"]["module"]
+    package = userspace(guest, nvidia)
+    if package is None:
+        not_run(f"{guest.packages.driver[0]} is not installed")
+    assert module == package, (
+        f"{guest.name}: kernel {kernel} boots next and has module {module or 'none'}, expected {package}: "
+        "the guest would come up without its GPU"
+    )
+    seen(f"kernel {kernel} has {module}")
+
+
+@pytest.mark.major
+@pytest.mark.promise("nvidia.driver.held", fix=DEPLOY)
+def test_packages_of_the_driver_are_held(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
+    family = driver_family(guest, nvidia)
+    loose = [name for name in family if name not in nvidia["held"]]
+    assert not loose, (
+        f"{guest.name}: not held: {', '.join(loose)}; an `apt upgrade` would replace the driver under its loaded module"
+    )
+    seen(f"{len(family)} packages")
+
+
+@pytest.mark.major
+@pytest.mark.promise("nvidia.driver.unattended", fix=DEPLOY)
+def test_unattended_upgrades_leave_the_driver_alone(
+    guest: Guest, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
+    if "unattended-upgrades" not in nvidia["installed"]:
+        seen("unattended-upgrades is not installed")
+        return
+    patterns = nvidia["apt"]["blacklist"]
+    names = sorted({*driver_family(guest, nvidia), *(name for name in TOOLKIT if name in nvidia["installed"])})
+    # unattended-upgrades compares from a name's beginning, as this does.
+    free = [name for name in names if not any(re.match(pattern, name) for pattern in patterns)]
+    assert not free, (
+        f"{guest.name}: unattended-upgrades may take {', '.join(free[:4])}; "
+        "expected them in Unattended-Upgrade::Package-Blacklist"
+    )
+    seen(f"{len(names)} packages are left alone")
+
+
+@pytest.mark.major
+@pytest.mark.promise("nvidia.cuda", fix=DEPLOY)
+def test_declared_cuda_toolkits_compile(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
+    for version in guest.nvidia.cuda:
+        found = nvidia["cuda"][version]
+        assert found == version, (
+            f"{guest.name}: /usr/local/cuda-{version}/bin/nvcc says {found or 'nothing'}, expected release {version}"
+        )
+    seen(", ".join(guest.nvidia.cuda) or "none declared")
 
 
 @pytest.mark.major
@@ -103,6 +189,15 @@ def upstream(version: str | None) -> str | None:
     """`580.95.05` of the package version `1:580.95.05-1`."""
     found = re.search(r"(?:^|:)([0-9]+(?:\.[0-9]+)+)", version or "")
     return found[1] if found else None
+
+
+def driver_family(guest: Guest, nvidia: Observation) -> list[str]:
+    """The driver's packages and all others of its version, whatever they are called."""
+    version = userspace(guest, nvidia)
+    if version is None:
+        not_run(f"{guest.packages.driver[0]} is not installed")
+    found = {name for name, each in nvidia["installed"].items() if upstream(each) == version}
+    return sorted(found | {name for name in guest.packages.driver if nvidia["policy"][name]["installed"]})
 
 
 def userspace(guest: Guest, nvidia: Observation) -> str | None:

@@ -22,7 +22,8 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
     return {
         "addresses": re.findall(r"inet ([0-9.]+/[0-9]+)", output(["ip", "-o", "-4", "address"])),
         "data": data_disk(root, arguments["mount"]),
-        "packages": installed(arguments["packages"]),
+        "packages": installed([*arguments["packages"], "unattended-upgrades"]),
+        "upgrades": upgrades(output(["apt-config", "dump"])),
         "simulated": [],
     }
 
@@ -95,6 +96,18 @@ def installed(packages: list[str]) -> dict[str, str]:
     query = ["dpkg-query", "-W", "-f", "${Package}\t${db:Status-Status}\t${Version}\n", *packages]
     rows = [line.split("\t") for line in output(query).splitlines()]
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == "installed"}
+
+
+def upgrades(dump: str) -> dict[str, Any]:
+    """What apt's effective configuration says of security upgrades, and the state of the timer that starts them."""
+    found = dict(re.findall(r'^(\S+) "(.*)";$', dump, re.MULTILINE))
+    show = ["systemctl", "show", "--property=LoadState,ActiveState", "apt-daily-upgrade.timer"]
+    timer = dict(line.partition("=")[::2] for line in output(show).splitlines())
+    return {
+        "runs": found.get("APT::Periodic::Unattended-Upgrade", "0") not in ("", "0"),
+        "reboots": found.get("Unattended-Upgrade::Automatic-Reboot", "false").lower() in ("true", "1", "yes"),
+        "timer": "masked" if timer.get("LoadState") == "masked" else timer.get("ActiveState", ""),
+    }
 
 
 def output(command: list[str]) -> str:

@@ -105,6 +105,26 @@ def test_base_packages_are_installed(guest: Guest, system: Observation) -> None:
     assert not missing, f"{guest.name}: not installed: {', '.join(missing)}"
 
 
+@pytest.mark.major
+@pytest.mark.promise("system.security_upgrades", fix=DEPLOY)
+def test_security_upgrades_are_as_declared(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
+    upgrades, there = system["upgrades"], "unattended-upgrades" in system["packages"]
+    if not guest.security_upgrades:
+        assert not (there and upgrades["runs"]), f"{guest.name}: unattended-upgrades runs, expected none"
+        return
+    assert there, f"{guest.name}: unattended-upgrades is not installed, expected security upgrades by themselves"
+    assert upgrades["runs"], f"{guest.name}: APT::Periodic::Unattended-Upgrade is 0, expected 1"
+    assert not upgrades["reboots"], (
+        f"{guest.name}: Unattended-Upgrade::Automatic-Reboot is on, expected off: "
+        "a new kernel waits for the deploy that has checked its modules"
+    )
+    # One that is masked was masked by somebody, and says so here.
+    assert upgrades["timer"] in ("active", "masked"), (
+        f"{guest.name}: apt-daily-upgrade.timer is {upgrades['timer'] or 'absent'}, expected active"
+    )
+    seen(f"apt-daily-upgrade.timer is {upgrades['timer']}")
+
+
 def mounted(guest: Guest, system: Observation) -> Observation:
     """What is mounted as the data disk; the check is not run when nothing is."""
     if system["data"]["source"] is None:

@@ -6,6 +6,7 @@ helps. It changes nothing. What NVML does not answer is told as not known, it ne
 """
 
 import argparse
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -302,7 +303,6 @@ def reading(nvml: Any, ask: Asker) -> dict[str, Any]:
     kinds = {"corrected": nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, "uncorrected": nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED}
     counters = {"volatile": nvml.NVML_VOLATILE_ECC, "aggregate": nvml.NVML_AGGREGATE_ECC}
     thresholds = {
-        "shutdown": nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN,
         "slowdown": nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN,
         "full clocks": nvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX,
     }
@@ -354,7 +354,7 @@ def processes(ask: Asker) -> list[dict[str, Any]]:
     """Who computes on the GPU: pid, name and user id. MPS' own server is none of them."""
     found = {}
     for kind in ("Compute", "MPSCompute", "Graphics"):
-        for process in ask("processes", f"nvmlDeviceGet{kind}RunningProcesses") or []:
+        for process in ask(f"{kind} processes", f"nvmlDeviceGet{kind}RunningProcesses") or []:
             name = os.path.basename((text(f"/proc/{process.pid}/cmdline") or "").partition("\0")[0]) or "unknown"
             try:
                 uid = os.stat(f"/proc/{process.pid}").st_uid
@@ -362,6 +362,9 @@ def processes(ask: Asker) -> list[dict[str, Any]]:
                 continue
             if name != "nvidia-cuda-mps-server":
                 found[process.pid] = {"pid": process.pid, "name": name, "uid": uid}
+    # Not every driver has the other two lists; the first one is enough to leave others alone.
+    ask.unknown.pop("MPSCompute processes", None)
+    ask.unknown.pop("Graphics processes", None)
     return [found[pid] for pid in sorted(found)]
 
 
@@ -430,7 +433,9 @@ def start_load(index: int) -> subprocess.Popen[str]:
     if os.path.exists(MPS_UNIT):
         environment |= MPS_ENVIRONMENT
         if os.geteuid() == 0:
-            user = pwd.getpwnam(SERVICE_USER)
+            # Without that user there is no client of MPS: CUDA will say so.
+            with contextlib.suppress(KeyError):
+                user = pwd.getpwnam(SERVICE_USER)
     # `timeout` ends a client that MPS lets wait.
     return subprocess.Popen(
         ["timeout", "15", sys.executable, "-I", os.path.abspath(__file__), "--make-load", str(index)],
@@ -793,9 +798,9 @@ def mps_findings(state: Mapping[str, Any]) -> list[Finding]:
         what = "MPS' active thread percentage"
         found.append(Finding("mps.limits", "major", what, str(mps["percentage"]), str(percentage), restart))
     memory = wanted["pinned_memory_limit_mib"]
-    if memory is not None and mebibytes(mps["memory"]) != memory:
-        what = "MPS' limit of pinned device memory"
-        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", f"{memory} MiB", restart))
+    if not same_memory(mps["memory"], memory):
+        what, expected = "MPS' limit of pinned device memory", f"{memory} MiB" if memory is not None else "none"
+        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", expected, restart))
     return found
 
 
@@ -806,10 +811,12 @@ def number(words: str | None) -> float | None:
         return None
 
 
-def mebibytes(words: str | None) -> int | None:
-    """MPS' own way to write memory: `4096M` may read back as `4G`."""
-    size = re.fullmatch(r"([0-9]+)([MG])B?", (words or "").strip().upper())
-    return int(size[1]) * (1024 if size[2] == "G" else 1) if size else None
+def same_memory(told: str, wanted: int | None) -> bool:
+    """Does the daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down; no limit by nothing."""
+    size = re.fullmatch(r"([0-9]+)([MG])", told)
+    if wanted is None or size is None:
+        return wanted is None and not told
+    return int(size[1]) == (wanted if size[2] == "M" else wanted // 1024)
 
 
 def summary(state: Mapping[str, Any]) -> str:
