@@ -3,25 +3,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rehearsal.nvidia import service
+from rehearsal.nvidia import packages, service
 
 VERSION = "580.95.05"
 UUID = "GPU-51a7ed00-0000-4000-8000-000000001000"
 
-#: Opens a context, allocates argv[1] MiB, says so, and stays until its input ends.
+#: Opens a context, allocates argv[1] MiB, says so, and stays until its input ends. As user argv[2], if there is one.
 CLIENT = """
-import ctypes, sys
+import ctypes, os, sys
 cuda = ctypes.CDLL("libcuda.so.1")
+if len(sys.argv) > 2:
+    os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
 context, address = ctypes.c_void_p(), ctypes.c_uint64()
 errors = [cuda.cuInit(0), cuda.cuCtxCreate_v2(ctypes.byref(context), 0, 0)]
 errors.append(cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(int(sys.argv[1]) << 20)))
@@ -39,8 +46,10 @@ class Card:
         for name in ("dev", "run/lab-gpu", "var/lib/lab-hardware"):
             (root / name).mkdir(parents=True)
         (root / "dev/nvidiactl").touch()
+        (root / "dev/nvidiactl").chmod(0o666)
         (root / "run/lab-gpu/settings").write_bytes(bytes(4096))
         (root / "run/lab-gpu/clients").touch()
+        (root / "run/lab-gpu/accounting").write_bytes(bytes(4096))
         self.load(VERSION)
         self.environment = {
             **os.environ,
@@ -53,6 +62,17 @@ class Card:
         (self.root / "run/lab-gpu/driver").write_text(
             f"version={version}\ndevice=0000:01:00.0 10de:24b0 14ad10de {UUID}\n"
         )
+
+    def load_again(self) -> None:
+        """What a reload of the module makes of the settings, and so a reboot."""
+        module: Any  # its places are assigned to
+        spec = importlib.util.spec_from_file_location("module", packages.SOURCE / "module.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.HARDWARE = self.root / "var/lib/lab-hardware"
+        (self.root / "run/lab-gpu/settings").write_bytes(module.settings(1))
+        (self.root / "run/lab-gpu/accounting").write_bytes(bytes(module.ACCOUNTING))
 
     def faults(self, **values: object) -> None:
         lines = [f"{key}={value}\n" for key, value in values.items()]
@@ -80,9 +100,9 @@ class Card:
         done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    def client(self, mib: int, **environment: str) -> subprocess.Popen[str]:
+    def client(self, mib: int, uid: int | None = None, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(mib)],
+            [sys.executable, "-c", CLIENT, str(mib), *([] if uid is None else [str(uid)])],
             env={**self.environment, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,6 +146,22 @@ def test_pynvml_reads_an_a4000(card: Card) -> None:
         " N.nvmlDeviceGetCudaComputeCapability(d), N.nvmlDeviceGetMemoryInfo(d).total >> 20,"
         " N.nvmlDeviceGetPowerManagementLimitConstraints(d), N.nvmlDeviceGetEccMode(d), N.nvmlDeviceGetSerial(d)]"
     ) == ["NVIDIA RTX A4000", "0x24b010de", VERSION, [8, 6], 16376, [100000, 140000], [0, 0], "simulated"]
+
+
+#: A daemon's socket is of this type (nvidia-cuda-mps-control 550.163.01); closed at the end of the test.
+@pytest.fixture
+def daemon(card: Card) -> Iterator[socket.socket]:
+    (card.root / "mps").mkdir(mode=0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+        control.bind(str(card.root / "mps/control"))
+        control.listen(8)
+        yield control
+
+
+def answer(client: subprocess.Popen[str]) -> str:
+    """What a client says once it has its memory or an error."""
+    assert client.stdout is not None
+    return client.stdout.readline()
 
 
 def test_card_at_rest_trains_its_link_down(card: Card) -> None:
@@ -173,21 +209,110 @@ def test_several_processes_share_the_memory_and_none_gets_more_than_there_is(car
         client.communicate()
 
 
-def test_exclusive_card_takes_one_process_and_then_only_mps_clients(card: Card, load: subprocess.Popen[str]) -> None:
-    import socket
-
+def test_exclusive_card_takes_one_process(card: Card, load: subprocess.Popen[str]) -> None:
     card.smi("-pm", "1")
     card.smi("-c", "EXCLUSIVE_PROCESS")
     assert card.query("compute_mode") == ["Exclusive_Process"]
     with card.client(1) as refused:
         assert refused.communicate()[0] == "0 46 201\n"  # CUDA_ERROR_DEVICE_UNAVAILABLE
+    load.kill()
+    load.wait()
+    with card.client(1) as admitted:
+        assert admitted.communicate()[0] == "0 0 0\n"
+
+
+def test_clients_of_mps_share_an_exclusive_card_and_nobody_joins_them(card: Card, daemon: socket.socket) -> None:
+    card.smi("-pm", "1")
+    card.smi("-c", "EXCLUSIVE_PROCESS")
+    with card.client(600) as first, card.client(600) as second:
+        assert (answer(first), answer(second)) == ("0 0 0\n", "0 0 0\n")
+        with card.client(1, CUDA_MPS_PIPE_DIRECTORY=str(card.root / "none")) as alone:
+            assert alone.communicate()[0] == "0 46 201\n"
+        first.communicate()
+        second.communicate()
+
+
+def test_memory_limit_ends_only_the_client_that_passes_it(card: Card, daemon: socket.socket) -> None:
+    with card.client(600) as other:
+        assert answer(other) == "0 0 0\n"
+        for limit, asked, said in (("0=512M", 600, 2), ("0=4G", 4097, 2), ("0=4096M", 4096, 0), ("1=1M,0=1G", 1000, 0)):
+            with card.client(asked, CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=limit) as limited:
+                assert limited.communicate()[0] == f"0 0 {said}\n", limit
+        assert other.poll() is None
+        other.communicate()
+
+
+def test_memory_limit_is_nothing_without_mps(card: Card) -> None:
+    with card.client(600, CUDA_MPS_PINNED_DEVICE_MEM_LIMIT="0=512M") as client:
+        assert client.communicate()[0] == "0 0 0\n"
+
+
+def test_mps_client_has_two_contexts_and_another_process_one(card: Card, daemon: socket.socket) -> None:
+    with card.client(1) as client, card.client(1, CUDA_MPS_PIPE_DIRECTORY=str(card.root / "none")) as alone:
+        assert (answer(client), answer(alone)) == ("0 0 0\n", "0 0 0\n")
+        lists = (
+            "[sorted(p.pid for p in list(d)) for list in"
+            " (N.nvmlDeviceGetComputeRunningProcesses, N.nvmlDeviceGetMPSComputeRunningProcesses)]"
+        )
+        assert card.python(lists) == [sorted([client.pid, alone.pid]), [client.pid]]
+        types = {words[4]: words[5] for line in card.smi().stdout.splitlines() if len(words := line.split()) == 9}
+        assert types == {str(client.pid): "M+C", str(alone.pid): "C"}
+        client.communicate()
+        alone.communicate()
+
+
+def test_dead_mps_daemon_is_told_at_once(card: Card, daemon: socket.socket) -> None:
+    """A daemon that was killed leaves its socket behind."""
+    daemon.close()
+    with card.client(1) as client:
+        assert client.communicate(timeout=10)[0] == "805 3 201\n"  # CUDA_ERROR_MPS_CONNECTION_FAILED
+
+
+def test_mps_daemon_that_accepts_nobody_does_not_hang_a_client(card: Card, daemon: socket.socket) -> None:
+    daemon.listen(0)
+    waiting = []
+    while True:
+        waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        waiting[-1].setblocking(False)
+        if waiting[-1].connect_ex(str(card.root / "mps/control")):
+            break
+    with card.client(1) as client:
+        assert client.communicate(timeout=30)[0] == "805 3 201\n"
+    for caller in waiting:
+        caller.close()
+
+
+def test_pipe_folder_without_a_daemon_is_no_mps(card: Card) -> None:
     (card.root / "mps").mkdir()
-    with socket.socket(socket.AF_UNIX) as control:
-        control.bind(str(card.root / "mps/control"))
-        with card.client(1) as admitted:
-            assert admitted.communicate()[0] == "0 0 0\n"
-        with card.client(600, CUDA_MPS_PINNED_DEVICE_MEM_LIMIT="0=512M") as limited:
-            assert limited.communicate()[0] == "0 0 2\n"
+    with card.client(1) as client:
+        assert client.communicate()[0] == "0 0 0\n"
+
+
+def test_prohibited_card_takes_nobody(card: Card, daemon: socket.socket) -> None:
+    card.smi("-pm", "1")
+    card.smi("-c", "PROHIBITED")
+    for folder in ("mps", "none"):
+        with card.client(1, CUDA_MPS_PIPE_DIRECTORY=str(card.root / folder)) as client:
+            assert client.communicate()[0] == "0 46 201\n"
+
+
+def test_context_reads_back_what_it_wrote_while_the_link_is_fast(card: Card) -> None:
+    program = (
+        "import ctypes as c, pynvml as N\n"
+        "cuda = c.CDLL('libcuda.so.1'); context, at = c.c_void_p(), c.c_uint64()\n"
+        "cuda.cuInit(0); cuda.cuDevicePrimaryCtxRetain(c.byref(context), 0)\n"
+        "cuda.cuMemAlloc_v2(c.byref(at), c.c_size_t(1 << 20)); size = c.c_size_t(1 << 20)\n"
+        "sent, got = c.create_string_buffer(bytes(range(256)) * 4096, 1 << 20), c.create_string_buffer(1 << 20)\n"
+        "print(cuda.cuMemcpyHtoD_v2(at, sent, size), cuda.cuMemcpyDtoH_v2(got, at, size))\n"
+        "print(sent.raw == got.raw, cuda.cuMemcpyHtoD_v2(at, sent, c.c_size_t((1 << 20) + 1)))\n"
+        "N.nvmlInit(); d = N.nvmlDeviceGetHandleByIndex(0)\n"
+        "print(N.nvmlDeviceGetCurrPcieLinkGeneration(d), N.nvmlDeviceGetPcieSpeed(d))\n"
+        "cuda.cuDevicePrimaryCtxRelease_v2(0)\n"
+        "print(N.nvmlDeviceGetCurrPcieLinkGeneration(d), N.nvmlDeviceGetPcieSpeed(d))\n"
+    )
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=card.environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "0 0\nTrue 1\n4 16000\n1 2500\n"
 
 
 @pytest.mark.parametrize(("code", "name"), [(9, "DriverNotLoaded"), (15, "GpuIsLost"), (999, "Unknown")])
@@ -201,6 +326,31 @@ def test_lost_card_fails_every_call_on_it(card: Card) -> None:
     assert card.python("0") == "NVMLError_GpuIsLost"
     done = card.smi()
     assert (done.returncode, "GPU is lost" in done.stdout) == (15, True)
+    with card.client(1) as client:
+        assert client.communicate()[0] == "100 3 201\n"  # CUDA_ERROR_NO_DEVICE
+
+
+@pytest.mark.parametrize("how", ["fault", "module"])
+def test_processes_lose_a_card_that_falls_off_the_bus(card: Card, how: str) -> None:
+    """A handle and a context from before answer with nothing but the loss."""
+    program = (
+        "import ctypes as c, pynvml as N\n"
+        "cuda = c.CDLL('libcuda.so.1'); cuda.cuInit(0); cuda.cuCtxCreate_v2(c.byref(c.c_void_p()), 0, 0)\n"
+        "N.nvmlInit(); d = N.nvmlDeviceGetHandleByIndex(0); print(cuda.cuCtxSynchronize(), flush=True); input()\n"
+        "for ask in (N.nvmlDeviceGetName, N.nvmlDeviceGetMemoryInfo, N.nvmlDeviceGetPowerUsage):\n"
+        "    try:\n        ask(d)\n    except N.NVMLError_GpuIsLost:\n        print('lost')\n"
+        "allocated = cuda.cuMemAlloc_v2(c.byref(c.c_uint64()), c.c_size_t(1))\n"
+        "print(N.nvmlDeviceGetCount(), cuda.cuCtxSynchronize(), allocated)"
+    )
+    argv = [sys.executable, "-c", program]
+    with subprocess.Popen(argv, env=card.environment, stdin=-1, stdout=-1, text=True) as process:
+        assert answer(process) == "0\n"
+        if how == "fault":
+            card.faults(off_bus=1)
+        else:
+            (card.root / "run/lab-gpu/off-bus").mkdir()
+            (card.root / "run/lab-gpu/off-bus/0000:01:00.0").touch()
+        assert process.communicate("\n")[0] == "lost\nlost\nlost\n1 999 999\n"
 
 
 def test_unloaded_driver_is_told_in_the_words_of_the_real_tool(card: Card) -> None:
@@ -243,7 +393,7 @@ def test_faults_are_seen_at_once(card: Card) -> None:
         "temperature.gpu", "pcie.link.width.current", "pcie.link.gen.current", "clocks_event_reasons.active",
         "ecc.mode.current", "ecc.errors.uncorrected.volatile.total", "remapped_rows.pending", "utilization.gpu",
         "memory.free",
-    ) == ["91", "8", "3", "0x0000000000000048", "Enabled", "3", "Yes", "99", "3959"]  # fmt: skip
+    ) == ["91", "8", "3", "0x0000000000000048", "Enabled", "3", "Yes", "99", "2935"]  # fmt: skip
 
 
 def test_fault_of_one_device_leaves_the_others_alone(card: Card) -> None:
@@ -296,6 +446,219 @@ def test_settings_cannot_be_changed_without_privilege(card: Card) -> None:
     done = subprocess.run(argv, env=card.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert "Insufficient Permissions" in done.stdout
+
+
+#: pynvml's calls that change something, with arguments that root may give.
+CHANGES = [
+    "N.nvmlDeviceSetPowerManagementLimit(d, 120000)",
+    "N.nvmlDeviceSetGpuLockedClocks(d, 600, 1200)",
+    "N.nvmlDeviceResetGpuLockedClocks(d)",
+    "N.nvmlDeviceSetEccMode(d, 1)",
+    "N.nvmlDeviceClearEccErrorCounts(d, 0)",
+    "N.nvmlDeviceSetAccountingMode(d, 1)",
+    "N.nvmlDeviceClearAccountingPids(d)",
+]
+
+
+@root_only
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_privilege_changes_the_card(card: Card, change: str) -> None:
+    card.faults(ecc_mode=1)
+    card.smi("-pm", "1")
+    card.smi("-am", "1")
+    # The library has opened its files by then, also those that a stranger could not.
+    assert card.python(f"(__import__('os').setuid(65534), {change})[1]") == "NVMLError_NoPermission"
+    assert card.python(change) is None
+
+
+@root_only
+def test_locked_clocks_hold_at_rest_and_under_load_until_they_are_given_free(card: Card) -> None:
+    card.smi("-pm", "1")
+    done = card.smi("-lgc", "600,1200")
+    assert done.stdout == 'GPU clocks set to "(gpuClkMin 600, gpuClkMax 1200)" for GPU 00000000:01:00.0\nAll done.\n'
+    assert card.query("clocks.sm", "clocks.max.sm", "clocks.mem") == ["600", "2100", "405"]
+    with card.client(1) as client:
+        assert answer(client) == "0 0 0\n"
+        assert card.query("clocks.sm", "clocks.mem") == ["1200", "7001"]
+        assert card.python("[N.nvmlDeviceGetClock(d, N.NVML_CLOCK_SM, id) for id in (0, 3)]") == [1200, 2100]
+        assert card.smi("-rgc").stdout == "All done.\n"
+        assert card.query("clocks.gr") == ["1560"]
+        client.communicate()
+
+
+@root_only
+def test_locked_clocks_go_with_the_last_user_unless_persistence_is_on(card: Card) -> None:
+    assert "persistence mode is disabled" in card.smi("-lgc=900").stdout
+    assert card.query("clocks.sm") == ["210"]
+
+
+@root_only
+@pytest.mark.parametrize("bounds", ["300, 2101", "100, 200", "1200, 600"])
+def test_clocks_out_of_range_are_refused(card: Card, bounds: str) -> None:
+    assert card.python(f"N.nvmlDeviceSetGpuLockedClocks(d, {bounds})") == "NVMLError_InvalidArgument"
+    assert card.smi("-lgc", bounds.replace(" ", "")).returncode == 2
+
+
+def test_clocks_that_the_card_knows(card: Card) -> None:
+    clocks = card.python(
+        "[N.nvmlDeviceGetSupportedMemoryClocks(d)[0], N.nvmlDeviceGetSupportedGraphicsClocks(d, 7001)[:2],"
+        " N.nvmlDeviceGetSupportedGraphicsClocks(d, 7001)[-1], N.nvmlDeviceGetSupportedGraphicsClocks(d, 405)[0]]"
+    )
+    assert clocks == [7001, [2100, 2085], 210, 420]
+    assert card.python("N.nvmlDeviceGetSupportedGraphicsClocks(d, 1)") == "NVMLError_NotFound"
+
+
+@root_only
+def test_heat_follows_the_power_limit(card: Card) -> None:
+    """All that a thermal policy looks at: it lowers the limit in steps, and raises it again."""
+    card.smi("-pm", "1")
+    card.faults(load_percent=100, heat_c_per_w=0.5)
+    seen = []
+    for watts in ("140", "120", "100", "140"):
+        card.smi("-pl", watts)
+        seen.append(card.query("temperature.gpu", "power.draw", "clocks.sm"))
+    assert seen == [
+        ["97", "140.00", "780"],
+        ["87", "120.00", "1337"],
+        ["77", "100.00", "1114"],
+        ["97", "140.00", "780"],
+    ]
+    card.faults(temperature_c=92, heat_c_per_w=0.5)
+    assert card.query("temperature.gpu") == ["92"]
+    card.smi("-pl", "110")
+    assert card.query("temperature.gpu") == ["77"]
+    card.faults(temperature_c=92)
+    assert card.query("temperature.gpu") == ["92"]
+
+
+@root_only
+def test_reasons_for_lower_clocks_follow_load_and_heat(card: Card) -> None:
+    names = ("gpu_idle", "sw_power_cap", "sw_thermal_slowdown", "hw_thermal_slowdown")
+
+    def active() -> list[str]:
+        values = card.query(*(f"clocks_event_reasons.{name}" for name in names))
+        return [name for name, value in zip(names, values, strict=True) if value == "Active"]
+
+    card.smi("-pm", "1")
+    assert active() == ["gpu_idle"]
+    card.faults(load_percent=100)
+    assert active() == []
+    card.smi("-pl", "100")
+    assert active() == ["sw_power_cap"]
+    card.faults(load_percent=50, temperature_c=90)
+    assert active() == ["sw_thermal_slowdown"]
+    card.faults(load_percent=50, temperature_c=95)
+    assert active() == ["sw_thermal_slowdown", "hw_thermal_slowdown"]
+    card.faults(event_reasons=0x80)
+    assert card.query("clocks_event_reasons.active", "clocks_throttle_reasons.hw_power_brake_slowdown") == [
+        "0x0000000000000080", "Active",
+    ]  # fmt: skip
+
+
+def test_thresholds_of_the_temperature_are_in_order(card: Card) -> None:
+    kinds = "(N.NVML_TEMPERATURE_THRESHOLD_GPU_MAX, N.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN, 0)"
+    assert card.python(f"[N.nvmlDeviceGetTemperatureThreshold(d, kind) for kind in {kinds}]") == [90, 95, 98]
+
+
+@root_only
+def test_ecc_mode_waits_for_the_driver_to_be_loaded_again(card: Card) -> None:
+    done = card.smi("-e", "1")
+    assert done.stdout == "Enabled ECC support for GPU 00000000:01:00.0.\nAll done.\nReboot required.\n"
+    fields = ("ecc.mode.current", "ecc.mode.pending", "memory.total", "ecc.errors.corrected.volatile.total")
+    assert card.query(*fields) == ["Disabled", "Enabled", "16376", "[N/A]"]
+    assert card.smi("-e", "1").stdout == "ECC support is already Enabled for GPU 00000000:01:00.0.\nAll done.\n"
+    card.load_again()
+    assert card.query(*fields) == ["Enabled", "Enabled", "15352", "0"]
+    assert card.smi("-e", "0").stdout.endswith("Reboot required.\n")
+    assert card.python("N.nvmlDeviceGetEccMode(d)") == [1, 0]
+    card.load_again()
+    assert card.query(*fields) == ["Disabled", "Disabled", "16376", "[N/A]"]
+
+
+@root_only
+def test_ecc_counters_are_cleared_each_for_itself(card: Card) -> None:
+    fields = [
+        f"ecc.errors.{kind}.{counter}.{place}"
+        for counter in ("volatile", "aggregate") for kind in ("corrected", "uncorrected") for place in ("dram", "total")
+    ]  # fmt: skip
+    card.faults(ecc_mode=1, ecc_corrected=7, ecc_uncorrected=2, ecc_uncorrected_aggregate=9)
+    assert card.query(*fields) == ["7", "7", "2", "2", "7", "7", "9", "9"]
+    assert card.query("ecc.errors.uncorrected.volatile.sram", "ecc.errors.uncorrected.volatile.l2_cache") == [
+        "0",
+        "[N/A]",
+    ]
+    assert card.smi("-p", "0").stdout == "Reset volatile ECC errors to zero for GPU 00000000:01:00.0.\nAll done.\n"
+    assert card.query(*fields) == ["0", "0", "0", "0", "7", "7", "9", "9"]
+    assert card.smi("-p", "1").returncode == 0
+    card.load_again()
+    assert card.query(*fields) == ["7", "7", "2", "2", "0", "0", "0", "0"]
+    card.faults(ecc_mode=1, ecc_uncorrected_aggregate=10)
+    assert card.query("ecc.errors.uncorrected.aggregate.total") == ["1"]
+
+
+def test_errors_of_memory_that_the_card_has_no_counter_for(card: Card) -> None:
+    assert card.python("N.nvmlDeviceGetRetiredPages(d, 0)") == "NVMLError_NotSupported"
+    assert card.python("N.nvmlDeviceGetTotalEccErrors(d, 1, 0)") == "NVMLError_NotSupported"
+    assert card.query("retired_pages.pending") == ["[N/A]"]
+    card.faults(remapped_uncorrected=2, remapped_failure=1, replay_count=17)
+    assert card.query("remapped_rows.uncorrectable", "remapped_rows.failure") == ["2", "Yes"]
+    assert card.python("[N.nvmlDeviceGetRemappedRows(d), N.nvmlDeviceGetPcieReplayCounter(d)]") == [[0, 2, 0, 1], 17]
+
+
+STATS = (
+    "[[(p == {pid}, s.isRunning, s.maxMemoryUsage >> 20, s.time) for p in N.nvmlDeviceGetAccountingPids(d)"
+    " for s in [N.nvmlDeviceGetAccountingStats(d, p)]], N.nvmlDeviceGetAccountingBufferSize(d)]"
+)
+
+
+@root_only
+def test_accounting_remembers_processes_that_are_gone(card: Card) -> None:
+    assert card.python("N.nvmlDeviceGetAccountingPids(d)") == "NVMLError_NotSupported"
+    card.smi("-pm", "1")
+    with card.client(10) as before:
+        assert answer(before) == "0 0 0\n"
+        before.communicate()
+    assert card.smi("-am", "1").returncode == 0
+    with card.client(100) as killed:
+        assert answer(killed) == "0 0 0\n"
+        assert card.python(STATS.format(pid=killed.pid)) == [[[True, 1, 228, 0]], 128]
+        killed.send_signal(signal.SIGKILL)
+    accounted = card.python(
+        f"(lambda s: [s.isRunning, s.maxMemoryUsage >> 20])(N.nvmlDeviceGetAccountingStats(d, {killed.pid}))"
+    )
+    assert accounted == [0, 228]
+    started = card.python(f"N.nvmlDeviceGetAccountingStats(d, {killed.pid}).startTime")
+    assert isinstance(started, int) and abs(started / 1e6 - time.time()) < 600
+    assert card.python("N.nvmlDeviceGetAccountingStats(d, 1)") == "NVMLError_NotFound"
+    assert card.smi("-caa").returncode == 0
+    assert card.python("N.nvmlDeviceGetAccountingPids(d)") == []
+
+
+@root_only
+def test_client_of_another_user_is_refused_at_once(programs: Path) -> None:
+    """The pipe folder is the service user's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        card = Card(programs, Path(folder))
+        (card.root / "mps").mkdir(mode=0o700)
+        os.chown(card.root / "mps", 850, 850)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+            control.bind(str(card.root / "mps/control"))
+            control.listen(8)
+            (card.root / "mps/control").chmod(0o666)
+            with card.client(1, uid=850) as service_user, card.client(1, uid=65534) as stranger:
+                assert service_user.communicate(timeout=10)[0] == "0 0 0\n"
+                assert stranger.communicate(timeout=10)[0] == "805 3 201\n"
+
+
+def test_reset_is_refused(card: Card) -> None:
+    done = card.smi("-r")
+    assert (done.returncode, "simulated" in done.stdout) == (3, True)
+
+
+def test_sections_are_chosen(card: Card) -> None:
+    shown = card.smi("-q", "-d", "ECC,TEMPERATURE").stdout
+    assert ("ECC Mode" in shown, "GPU Current Temp" in shown, "Product Name" in shown) == (True, True, False)
 
 
 @root_only

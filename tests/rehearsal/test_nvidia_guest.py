@@ -17,6 +17,7 @@ import yaml
 from rehearsal.nvidia import guest, packages
 from rehearsal.pve.containers import gpu_file
 from rehearsal.pve.power import PciDevice
+from verify.nvidia import remote
 
 CARD = {"address": "0000:01:00.0", "class": "0x030000", "id": "10de:24b0", "subsystem": "10de:14ad"}
 AUDIO = {"address": "0000:01:00.1", "class": "0x040300", "id": "10de:228b", "subsystem": "10de:14ad"}
@@ -37,7 +38,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     tools = program("module")
     places = {
         "HARDWARE": "hardware", "STATE": "run", "LOADED": "run/modules", "BUILT": "modules/updates/dkms",
-        "TREE": "dkms", "SOURCES": "src",
+        "TREE": "dkms", "SOURCES": "src", "FIRMWARE": "firmware", "PCI": "pci",
     }  # fmt: skip
     for name, place in places.items():
         monkeypatch.setattr(tools, name, tmp_path / place)
@@ -138,6 +139,70 @@ def test_driver_says_that_it_is_simulated(module: ModuleType) -> None:
     assert module.version_text("580.95.05").splitlines()[0] == (
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (simulated)"
     )
+
+
+@pytest.fixture
+def kernel(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the journal has from the kernel."""
+    said: list[str] = []
+    monkeypatch.setattr(module, "kernel_says", lambda *lines: said.extend(lines))
+    return said
+
+
+def test_xid_is_what_the_health_check_looks_for(module: ModuleType, kernel: list[str]) -> None:
+    module.xid(["79"])
+    module.xid(["31", "0000:01:00.0"])
+    module.xid(["7"])
+    assert kernel[0] == ("NVRM: Xid (PCI:0000:01:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.")
+    assert kernel[2] == "NVRM: Xid (PCI:0000:01:00): 7, pid='<unknown>', name=<unknown>"
+    assert remote.xids("\n".join(kernel)) == [7, 31, 79]
+
+
+@pytest.mark.parametrize("words", [[], ["many"], ["79", "0000:02:00.0"]])
+def test_xid_of_nothing_is_refused(module: ModuleType, kernel: list[str], words: list[str]) -> None:
+    with pytest.raises(module.Refused):
+        module.xid(words)
+    assert kernel == []
+
+
+def test_xid_of_the_fault_file_is_told_when_the_driver_is_loaded(module: ModuleType, kernel: list[str]) -> None:
+    module.dkms(["build", "580.95.05"])
+    (module.HARDWARE / "nvml.conf").write_text("xid=48\n")
+    module.modprobe(["nvidia"])
+    assert remote.xids("\n".join(kernel)) == [48]
+
+
+def test_card_that_fell_off_the_bus_reads_all_ones_and_takes_no_driver(module: ModuleType, kernel: list[str]) -> None:
+    for device in (CARD, AUDIO, {**CARD, "address": "0000:02:00.0"}):
+        guest.lay_out(device, module.PCI)
+    module.fall_off([])
+    assert (module.PCI / "0000:01:00.0/config").read_bytes() == (module.PCI / "0000:01:00.1/config").read_bytes()
+    assert set((module.PCI / "0000:01:00.0/config").read_bytes()) == {0xFF}
+    assert (module.PCI / "0000:02:00.0/config").read_bytes()[:2] == b"\xde\x10"
+    assert remote.xids("\n".join(kernel)) == [79]
+    module.dkms(["build", "580.95.05"])
+    with pytest.raises(module.Refused, match="No such device"):
+        module.modprobe(["nvidia"])
+
+
+def test_driver_without_its_own_firmware_starts_no_card(module: ModuleType, kernel: list[str]) -> None:
+    """The module loads, and NVML finds no device."""
+    other = module.FIRMWARE / "580.105.08/gsp_ga10x.bin"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert module.usable([CARD], "580.95.05") == []
+    assert kernel[0].endswith("Direct firmware load for nvidia/580.95.05/gsp_ga10x.bin failed with error -2")
+    assert kernel[2].startswith("NVRM: GPU 0000:01:00.0: RmInitAdapter failed!")
+    kernel.clear()
+    assert module.usable([CARD], "580.105.08") == [CARD]
+    assert kernel == []
+
+
+def test_ecc_mode_of_the_card_outlives_the_driver(module: ModuleType) -> None:
+    assert module.settings(1) == bytes(4096)
+    (module.HARDWARE / "inforom").write_text("0.ecc=1\n3.ecc=1\n")
+    assert module.settings(1)[:16] == b"\1\0\0\0".ljust(16, b"\0")
+    assert module.settings(4)[12:16] == b"\1\0\0\0"
 
 
 @pytest.fixture

@@ -10,19 +10,23 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-/* A slot of `clients` is this many bytes wide, and the length of a lock in it is a share in MiB, plus one. Slots
- * of one device follow each other; beyond those of all devices lies the one of the card's users. */
+/* A slot of `clients` is this many bytes wide. The length of a lock in it tells the share: two bytes for each MiB,
+ * one for being there, one more for a client of MPS. Slots of one device follow each other; beyond those of all
+ * devices lies the one of the card's users. */
 #define SLOT ((off_t)1 << 32)
 #define USERS ((off_t)GPU_DEVICES * GPU_CLIENTS)
 /* How a process knows its own share: F_GETLK tells of the locks of others only. libcuda leaves it here for
- * libnvidia-ml, which may be in the same process: pid, slot, MiB. */
+ * libnvidia-ml, which may be in the same process: pid, slot, MiB, MPS. */
 #define OWN_SHARE "LAB_GPU_CLIENT"
 
 static gpu_driver_t driver;
 static gpu_settings_t *settings;
 static int settings_writable;
+static gpu_account_t *accounts;
+static int accounts_writable;
 /* Never closed: closing any descriptor of a file gives up all POSIX locks this process has on it, and
  * libcuda and libnvidia-ml may live in one process. */
 static int clients_fd = -1;
@@ -77,17 +81,17 @@ static int node_answers(void)
     return GPU_OK;
 }
 
-static int open_settings(void)
+/* A file as memory that all processes share; NULL: it cannot even be read. */
+static void *map(const char *file, size_t size, int *writable)
 {
     char name[256];
-    int fd = open(path(name, sizeof name, "/run/lab-gpu/settings"), O_RDWR | O_CLOEXEC);
-    settings_writable = fd >= 0;
+    int fd = open(path(name, sizeof name, file), O_RDWR | O_CLOEXEC);
+    *writable = fd >= 0;
     if (fd < 0) fd = open(name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return -1;
-    settings = mmap(NULL, sizeof *settings, PROT_READ | (settings_writable ? PROT_WRITE : 0), MAP_SHARED, fd, 0);
+    if (fd < 0) return NULL;
+    void *memory = mmap(NULL, size, PROT_READ | (*writable ? PROT_WRITE : 0), MAP_SHARED, fd, 0);
     close(fd);
-    if (settings == MAP_FAILED) settings = NULL;
-    return settings ? 0 : -1;
+    return memory == MAP_FAILED ? NULL : memory;
 }
 
 int gpu_may_change(void)
@@ -108,6 +112,7 @@ static void reset_if_unused(void)
     for (unsigned i = 0; i < GPU_DEVICES; i++) {
         if (settings->persistence[i]) continue;
         settings->power_limit_mw[i] = settings->compute_mode[i] = settings->accounting[i] = 0;
+        settings->clock_min_mhz[i] = settings->clock_max_mhz[i] = 0;
     }
 }
 
@@ -124,7 +129,9 @@ int gpu_open(const char *library_version)
     if (settings) return GPU_OK;
     char name[256];
     if (clients_fd < 0) clients_fd = open(path(name, sizeof name, "/run/lab-gpu/clients"), O_RDONLY | O_CLOEXEC);
-    if (clients_fd < 0 || open_settings()) return GPU_DRIVER_NOT_LOADED;
+    if (clients_fd >= 0) settings = map("/run/lab-gpu/settings", sizeof *settings, &settings_writable);
+    if (!settings) return GPU_DRIVER_NOT_LOADED;
+    accounts = map("/run/lab-gpu/accounting", GPU_ACCOUNTED * sizeof *accounts, &accounts_writable);
     node_fd = open(path(name, sizeof name, "/dev/nvidiactl"), O_PATH | O_CLOEXEC);
     reset_if_unused();
     lock_call(F_SETLK, F_RDLCK, USERS, 0, 1, &lock);
@@ -138,42 +145,93 @@ void gpu_close(void)
     lock_call(F_SETLK, F_UNLCK, USERS, 0, 1, &lock);
     close(node_fd);
     munmap(settings, sizeof *settings);
+    if (accounts) munmap(accounts, GPU_ACCOUNTED * sizeof *accounts);
     settings = NULL;
+    accounts = NULL;
 }
 
 const gpu_driver_t *gpu_driver(void) { return &driver; }
 gpu_settings_t *gpu_settings(void) { return settings; }
 
-static int find(const char *text, const char *key, long *value)
+#define FAULTS "/var/lib/lab-hardware/nvml.conf"
+#define INFOROM "/var/lib/lab-hardware/inforom"
+#define TEXT 4096
+
+/* The whole of a small file; empty where there is none. */
+static char *read_text(const char *file, char *text)
+{
+    char name[256];
+    int fd = open(path(name, sizeof name, file), O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? 0 : read(fd, text, TEXT - 1);
+    if (fd >= 0) close(fd);
+    text[size > 0 ? size : 0] = 0;
+    return text;
+}
+
+/* What stands behind `key=` at the beginning of a line, or NULL. */
+static char *find(char *text, const char *key)
 {
     size_t length = strlen(key);
-    for (const char *line = text; line && *line; line = strchr(line, '\n'), line += line ? 1 : 0)
-        if (!strncmp(line, key, length) && line[length] == '=') {
-            *value = strtol(line + length + 1, NULL, 0);
-            return 1;
-        }
-    return 0;
+    for (char *line = text; line && *line; line = strchr(line, '\n'), line += line ? 1 : 0)
+        if (!strncmp(line, key, length) && line[length] == '=') return line + length + 1;
+    return NULL;
+}
+
+static char *find_for(char *text, int device, const char *key)
+{
+    char own[80];
+    snprintf(own, sizeof own, "%d.%s", device, key);
+    char *value = find(text, own);
+    return value ? value : find(text, key);
 }
 
 long gpu_fault(int device, const char *key, long otherwise)
 {
-    char name[256], text[4096], own[80];
-    long value;
-    int fd = open(path(name, sizeof name, "/var/lib/lab-hardware/nvml.conf"), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return otherwise;
-    ssize_t size = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (size <= 0) return otherwise;
-    text[size] = 0;
-    snprintf(own, sizeof own, "%d.%s", device, key);
-    return find(text, own, &value) || find(text, key, &value) ? value : otherwise;
+    char text[TEXT], *value = find_for(read_text(FAULTS, text), device, key);
+    return value ? strtol(value, NULL, 0) : otherwise;
 }
 
-static int own_share(int *slot, unsigned long *mib)
+double gpu_fault_real(int device, const char *key, double otherwise)
+{
+    char text[TEXT], *value = find_for(read_text(FAULTS, text), device, key);
+    return value ? strtod(value, NULL) : otherwise;
+}
+
+int gpu_lost(unsigned device)
+{
+    char name[256], file[64];
+    snprintf(file, sizeof file, "/run/lab-gpu/off-bus/%s", driver.devices[device].address);
+    return gpu_fault((int)device, "lost", 0) || gpu_fault((int)device, "off_bus", 0)
+        || access(path(name, sizeof name, file), F_OK) == 0;
+}
+
+long gpu_inforom(unsigned device, const char *key, long otherwise)
+{
+    char text[TEXT], *value = find_for(read_text(INFOROM, text), (int)device, key);
+    return value ? strtol(value, NULL, 0) : otherwise;
+}
+
+int gpu_set_inforom(unsigned device, const char *key, long value)
+{
+    char text[TEXT], own[80], name[256], unfinished[260], *next = NULL;
+    read_text(INFOROM, text);
+    int length = snprintf(own, sizeof own, "%u.%s=", device, key);
+    snprintf(unfinished, sizeof unfinished, "%s.new", path(name, sizeof name, INFOROM));
+    FILE *file = fopen(unfinished, "we");
+    if (!file) return -1;
+    for (char *line = strtok_r(text, "\n", &next); line; line = strtok_r(NULL, "\n", &next))
+        if (strncmp(line, own, (size_t)length)) fprintf(file, "%s\n", line);
+    fprintf(file, "%s%ld\n", own, value);
+    return fclose(file) || rename(unfinished, name) ? -1 : 0;
+}
+
+int gpu_ecc(unsigned device) { return (int)gpu_fault((int)device, "ecc_mode", settings->ecc[device]); }
+
+static int own_share(int *slot, unsigned long *mib, int *mps)
 {
     int pid;
     const char *text = getenv(OWN_SHARE);
-    return text && sscanf(text, "%d %d %lu", &pid, slot, mib) == 3 && pid == getpid();
+    return text && sscanf(text, "%d %d %lu %d", &pid, slot, mib, mps) == 4 && pid == getpid();
 }
 
 /* The kernel translates a lock owner's pid into the reader's namespace; 0 where it is not visible. */
@@ -181,15 +239,17 @@ int gpu_processes(gpu_process_t *list)
 {
     struct flock lock;
     unsigned long mib = 0;
-    int count = 0, own = -1;
-    if (!own_share(&own, &mib)) own = -1;
+    int count = 0, own = -1, mps = 0;
+    if (!own_share(&own, &mib, &mps)) own = -1;
     for (int slot = 0; slot < USERS && count < GPU_CLIENTS; slot++) {
         unsigned device = (unsigned)slot / GPU_CLIENTS;
         if (device >= driver.count) break;
         if (slot == own)
-            list[count++] = (gpu_process_t){(unsigned)getpid(), device, mib * GPU_MIB};
-        else if (lock_call(F_GETLK, F_WRLCK, slot, 0, SLOT, &lock) == 0 && lock.l_type != F_UNLCK)
-            list[count++] = (gpu_process_t){lock.l_pid > 0 ? (unsigned)lock.l_pid : 0, device, (uint64_t)(lock.l_len - 1) * GPU_MIB};
+            list[count++] = (gpu_process_t){(unsigned)getpid(), device, mib * GPU_MIB, mps};
+        else if (lock_call(F_GETLK, F_WRLCK, slot, 0, SLOT, &lock) == 0 && lock.l_type != F_UNLCK) {
+            uint64_t share = (uint64_t)(lock.l_len - 1);
+            list[count++] = (gpu_process_t){lock.l_pid > 0 ? (unsigned)lock.l_pid : 0, device, share / 2 * GPU_MIB, share % 2};
+        }
     }
     return count;
 }
@@ -204,7 +264,7 @@ uint64_t gpu_used_bytes(unsigned device)
     return used;
 }
 
-int gpu_busy(unsigned device)
+static int has_process(unsigned device)
 {
     gpu_process_t list[GPU_CLIENTS];
     int count = gpu_processes(list);
@@ -213,9 +273,70 @@ int gpu_busy(unsigned device)
     return 0;
 }
 
+unsigned gpu_load(unsigned device)
+{
+    long percent = gpu_fault((int)device, "load_percent", -1);
+    if (percent < 0) return has_process(device) ? 50 : 0;
+    return percent > 100 ? 100 : (unsigned)percent;
+}
+
+int gpu_busy(unsigned device) { return gpu_load(device) > 0 || has_process(device); }
+
+/* ECC lives in the memory itself: a card with GDDR loses 6.25 % (CUDA C++ Best Practices Guide). What a real A4000
+ * shows then is not known to us; 15352 MiB is computed. */
 uint64_t gpu_total_bytes(unsigned device)
 {
-    return (uint64_t)gpu_fault((int)device, "memory_total_mib", 16376) * GPU_MIB;
+    uint64_t mib = (uint64_t)gpu_fault((int)device, "memory_total_mib", 16376);
+    return (gpu_ecc(device) ? mib - (mib + 15) / 16 : mib) * GPU_MIB;
+}
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+/* The record of a process: its own, a free one, or that of the process which was seen the longest time ago. */
+static gpu_account_t *record_of(unsigned pid, unsigned device)
+{
+    for (int attempt = 0; attempt < 8; attempt++) {
+        gpu_account_t *chosen = &accounts[0];
+        for (int i = 0; i < GPU_ACCOUNTED; i++) {
+            if (accounts[i].pid == pid && accounts[i].device == device) return &accounts[i];
+            if (chosen->pid && (!accounts[i].pid || accounts[i].seen_us < chosen->seen_us)) chosen = &accounts[i];
+        }
+        uint32_t before = chosen->pid;
+        /* Another process may be after the same one. */
+        if (!__atomic_compare_exchange_n(&chosen->pid, &before, pid, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+        chosen->device = device;
+        chosen->most_bytes = chosen->started_us = 0;
+        return chosen;
+    }
+    return NULL;
+}
+
+static void account(unsigned pid, unsigned device, uint64_t bytes, int begins)
+{
+    gpu_account_t *record;
+    if (!accounts || !accounts_writable || !settings->accounting[device] || !(record = record_of(pid, device))) return;
+    record->seen_us = now_us();
+    if (begins || !record->started_us) {
+        record->started_us = record->seen_us;
+        record->most_bytes = 0;
+    }
+    if (bytes > record->most_bytes) record->most_bytes = bytes;
+}
+
+/* A process of a container sees `accounting` read-only and counts pids of its own: it is recorded from outside, by
+ * whoever asks while it lives. */
+gpu_account_t *gpu_accounts(void)
+{
+    gpu_process_t list[GPU_CLIENTS];
+    int count = gpu_processes(list);
+    for (int i = 0; i < count; i++)
+        if (list[i].pid) account(list[i].pid, list[i].device, list[i].used_bytes, 0);
+    return accounts;
 }
 
 /* Read locks do not keep each other out: after taking a slot, look whether somebody else did so too. */
@@ -232,18 +353,23 @@ static int claim_slot(unsigned device)
     return -1;
 }
 
-int gpu_register(unsigned device, uint64_t used_bytes)
+int gpu_register(unsigned device, uint64_t used_bytes, int mps)
 {
     struct flock lock;
     char own[64];
     unsigned long before = 0, mib = (unsigned long)((used_bytes + GPU_MIB - 1) / GPU_MIB);
-    int slot;
+    int slot, was_mps = 0, begins = 0;
     if (clients_fd < 0) return -1;
-    if (!own_share(&slot, &before)) slot = claim_slot(device);
+    if (!own_share(&slot, &before, &was_mps)) {
+        slot = claim_slot(device);
+        begins = 1;
+    }
     if (slot < 0) return -1;
-    if (lock_call(F_SETLK, F_RDLCK, slot, 0, (off_t)mib + 1, &lock)) return -1;
-    if (mib < before) lock_call(F_SETLK, F_UNLCK, slot, (off_t)mib + 1, SLOT - (off_t)mib - 1, &lock);
-    snprintf(own, sizeof own, "%d %d %lu", getpid(), slot, mib);
+    off_t length = 2 * (off_t)mib + 1 + (mps != 0);
+    if (lock_call(F_SETLK, F_RDLCK, slot, 0, length, &lock)) return -1;
+    if (mib < before) lock_call(F_SETLK, F_UNLCK, slot, length, SLOT - length, &lock);
+    snprintf(own, sizeof own, "%d %d %lu %d", getpid(), slot, mib, mps != 0);
+    account((unsigned)getpid(), device, mib * GPU_MIB, begins);
     return setenv(OWN_SHARE, own, 1);
 }
 
@@ -251,8 +377,9 @@ void gpu_unregister(void)
 {
     struct flock lock;
     unsigned long mib;
-    int slot;
-    if (!own_share(&slot, &mib)) return;
+    int slot, mps;
+    if (!own_share(&slot, &mib, &mps)) return;
+    account((unsigned)getpid(), (unsigned)slot / GPU_CLIENTS, mib * GPU_MIB, 0);
     lock_call(F_SETLK, F_UNLCK, slot, 0, SLOT, &lock);
     unsetenv(OWN_SHARE);
 }

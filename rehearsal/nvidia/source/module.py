@@ -4,6 +4,10 @@
 It runs in the guest, installed as /usr/lib/nvidia-simulated/module.py; the wrappers in front of it pass on every
 other module to the real tools. "Loading" lays out what the real driver would show: /dev/nvidia*,
 /proc/driver/nvidia, /sys/module/nvidia, a line of /proc/modules, and the card's state in /run/lab-gpu.
+
+Two commands are the lab's own: `module.py xid NUMBER [ADDRESS]` reports an error as the driver does in the kernel's
+log, `module.py fall-off [ADDRESS]` takes the card off the bus until the next boot. The journal has what they say under
+the kernel's name.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ LOADED = STATE / "modules"
 KERNEL = os.uname().release
 BUILT = Path(f"/lib/modules/{KERNEL}/updates/dkms")
 SOURCES = Path("/usr/src")
+FIRMWARE = Path("/usr/lib/firmware/nvidia")
+PCI = Path("/run/lab-hardware/pci")
 TREE = Path("/var/lib/dkms/nvidia")
 
 #: What each module needs loaded before it.
@@ -40,6 +46,23 @@ UVM_MAJOR = 511
 NODES = [("nvidiactl", 195, 255)]
 UVM_NODES = [("nvidia-uvm", UVM_MAJOR, 0), ("nvidia-uvm-tools", UVM_MAJOR, 1)]
 MODESET_NODES = [("nvidia-modeset", 195, 254)]
+#: gpu.h: eight devices, and of each record of a process its 32 bytes, 128 times.
+CARDS = 8
+ACCOUNTING = 32 * 128
+#: How the driver names an error after its number; the others say `simulated` alone.
+XIDS = {
+    13: "Graphics Exception: ESR 0x404490=0x80000001",
+    31: "Ch 00000008, intr 00000000. MMU Fault: ENGINE GRAPHICS GPCCLIENT_T1_0 faulted @ 0x7f45_1a000000.",
+    43: "Ch 00000008",
+    45: "Ch 00000008",
+    48: "DBE (double bit error) ECC Error",
+    63: "Row Remapper: New row marked for remapping, reset gpu to activate.",
+    64: "Row Remapper: Error, failed to remap row.",
+    79: "GPU has fallen off the bus.",
+    94: "Contained: SM (0x1).",
+    95: "Uncontained: FBHUB.",
+    119: "Timeout after 6s of waiting for RPC response from GPU0 GSP!",
+}
 
 
 class Refused(Exception):
@@ -57,13 +80,23 @@ def devices() -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     # A card's audio function has an id of its own, and the display driver takes no notice of it.
-    return [device for device in given if device["id"].startswith("10de:") and device["class"].startswith("0x03")]
+    displays = [device for device in given if device["id"].startswith("10de:") and device["class"].startswith("0x03")]
+    return [device for device in displays if not (STATE / "off-bus" / device["address"]).exists()]
 
 
 def fault(key: str) -> str | None:
     """A value of the fault file (`key=value` lines), or None."""
+    return value_in("nvml.conf", key)
+
+
+def inforom(key: str) -> str | None:
+    """What the card keeps over reboots, as libnvidia-ml wrote it, or None."""
+    return value_in("inforom", key)
+
+
+def value_in(file: str, key: str) -> str | None:
     try:
-        lines = (HARDWARE / "nvml.conf").read_text().splitlines()
+        lines = (HARDWARE / file).read_text().splitlines()
     except FileNotFoundError:
         return None
     return next((line.partition("=")[2].strip() for line in lines if line.partition("=")[0].strip() == key), None)
@@ -99,6 +132,18 @@ def in_use() -> bool:
     return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
 
 
+def kernel_says(*lines: str) -> None:
+    """Into the journal under the kernel's name; journald listens before anything else of a boot."""
+    text = "".join(f"{line} (simulated)\n" for line in lines)
+    subprocess.run(["systemd-cat", "-t", "kernel", "-p", "err"], input=text, text=True, check=False)
+
+
+def xid_line(number: int, address: str, process: str = "pid='<unknown>', name=<unknown>, ") -> str:
+    """`NVRM: Xid (PCI:0000:01:00): 79, pid=…, GPU has fallen off the bus.`"""
+    text = XIDS.get(number, "")
+    return f"NVRM: Xid (PCI:{address.rpartition('.')[0]}): {number}, {process}{text}".rstrip(", ")
+
+
 def load(name: str) -> None:
     version = built_version()
     if version is None:
@@ -113,6 +158,8 @@ def load(name: str) -> None:
         load(needed)
     if name == "nvidia":
         show_driver(version)
+        if number := fault("xid"):
+            kernel_says(*(xid_line(int(number, 0), card["address"]) for card in devices()))
     make_nodes({"nvidia_uvm": UVM_NODES, "nvidia_modeset": MODESET_NODES}.get(name, []))
     LOADED.write_text("\n".join([name, *loaded()]) + "\n")
     show_modules()
@@ -142,9 +189,12 @@ DIGITS = str.maketrans("", "", ":.")
 def show_driver(version: str) -> None:
     """Lay out what the loaded driver shows. The file `driver` comes last: with it the card answers."""
     STATE.mkdir(exist_ok=True)
-    (STATE / "settings").write_bytes(bytes(4096))
-    (STATE / "clients").touch()
     cards = devices()
+    (STATE / "settings").write_bytes(settings(len(cards)))
+    (STATE / "clients").touch()
+    # Processes write their own records, whoever runs them.
+    (STATE / "accounting").write_bytes(bytes(ACCOUNTING))
+    (STATE / "accounting").chmod(0o666)
     make_nodes([*NODES, *((f"nvidia{number}", 195, number) for number in range(len(cards)))])
     mount_tmpfs(Path("/proc/driver"))
     write(Path("/proc/driver/nvidia/version"), version_text(version))
@@ -152,13 +202,37 @@ def show_driver(version: str) -> None:
         information = f"Model: \t\t NVIDIA RTX A4000 (simulated)\nGPU UUID: \t {uuid_of(card)}\n"
         write(Path(f"/proc/driver/nvidia/gpus/{card['address']}/information"), information)
         bind_driver(card["address"], "nvidia")
-    lines = [f"device={card['address']} {ids(card)} {uuid_of(card)}" for card in cards]
+    lines = [f"device={card['address']} {ids(card)} {uuid_of(card)}" for card in usable(cards, version)]
     (STATE / "driver").write_text("\n".join([f"version={version}", *lines]) + "\n")
 
 
+def settings(cards: int) -> bytes:
+    """The card's settings after a reset (gpu.h): none but the ECC mode, which the card keeps without power."""
+    modes = [int(inforom(f"{index}.ecc") or "0") if index < cards else 0 for index in range(CARDS)]
+    return struct.pack(f"{CARDS}I", *modes).ljust(4096, b"\0")
+
+
+def usable(cards: list[dict[str, str]], version: str) -> list[dict[str, str]]:
+    """The cards that the driver can start: all, or none without the GSP firmware of its own version.
+
+    The real driver looks for it each time that somebody opens an unused card; here it is looked for once.
+    """
+    name = f"nvidia/{version}/gsp_ga10x.bin"
+    if (FIRMWARE / version / "gsp_ga10x.bin").exists():
+        return cards
+    for number, card in enumerate(cards):
+        kernel_says(
+            f"nvidia {card['address']}: Direct firmware load for {name} failed with error -2",
+            "NVRM: RmFetchGspRmImages: No firmware image found",
+            f"NVRM: GPU {card['address']}: RmInitAdapter failed! (0x61:0x56:1697)",
+            f"NVRM: GPU {card['address']}: rm_init_adapter failed, device minor number {number}",
+        )
+    return []
+
+
 def hide_driver() -> None:
-    for name in ("driver", "settings", "clients"):
-        (STATE / name).unlink()
+    for name in ("driver", "settings", "clients", "accounting"):
+        (STATE / name).unlink(missing_ok=True)
     for card in devices():
         bind_driver(card["address"], None)
     run("umount", "/proc/driver")
@@ -179,7 +253,7 @@ def version_text(version: str) -> str:
 
 def bind_driver(address: str, driver: str | None) -> None:
     """The `driver` link that lspci -k follows, where lab-gpu.service laid out the device."""
-    device = Path("/run/lab-hardware/pci") / address
+    device = PCI / address
     link = device / "driver"
     link.unlink(missing_ok=True)
     if driver and device.is_dir():
@@ -400,8 +474,44 @@ def touch_modules_dep() -> None:
     write(dep, "".join(f"{line}\n" for line in [*kept, *(f"updates/dkms/{name}:" for name in names)]))
 
 
+def cards_named(words: list[str]) -> list[str]:
+    """Addresses of the card that is named, or of all."""
+    found = [card["address"] for card in devices() if not words or card["address"] in words]
+    if not found:
+        raise Refused(f"no card {' '.join(words)} in this guest".replace("  ", " "))
+    return found
+
+
+def xid(words: list[str]) -> None:
+    """`xid NUMBER [ADDRESS]`: the driver reports an error of the card. NVML's event comes from the fault file."""
+    if not words or not words[0].isdecimal():
+        raise Refused("usage: module.py xid NUMBER [ADDRESS]", 2)
+    kernel_says(*(xid_line(int(words[0]), address) for address in cards_named(words[1:])))
+
+
+def fall_off(words: list[str]) -> None:
+    """`fall-off [ADDRESS]`: nothing answers any more at the card's addresses, until the next boot."""
+    for address in cards_named(words):
+        write(STATE / "off-bus" / address, "simulated\n")
+        for function in PCI.glob(f"{address.rpartition('.')[0]}.*"):
+            # What the kernel read before stays in the other files.
+            (function / "config").write_bytes(b"\xff" * 256)
+        kernel_says(
+            xid_line(79, address),
+            f"NVRM: GPU {address}: GPU has fallen off the bus.",
+        )
+
+
 DIVERTED = "/usr/lib/nvidia-simulated/real"
-COMMANDS = {"modprobe": modprobe, "rmmod": rmmod, "lsmod": lsmod, "modinfo": modinfo, "dkms": dkms}
+COMMANDS = {
+    "modprobe": modprobe,
+    "rmmod": rmmod,
+    "lsmod": lsmod,
+    "modinfo": modinfo,
+    "dkms": dkms,
+    "xid": xid,
+    "fall-off": fall_off,
+}
 
 
 def main() -> int:

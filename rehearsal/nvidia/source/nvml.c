@@ -3,8 +3,9 @@
  *
  * Figures with a source: 16376 MiB (geerlingguy/raspberry-pi-pcie-devices#692, with 8 W, P8 and 31 C at rest),
  * 15957 MiB of them free at rest and a 100 W limit accepted (rammsguns/llm-rig#100), 140 W, 735/1560 MHz and
- * 256 bit (datasheet), link generation 1 at rest. Invented: vbios version, temperature thresholds,
- * maximum clocks, BAR1 size, every figure under load. */
+ * 256 bit (datasheet), link generation 1 at rest, 2100 MHz at most (RTX A6000: NVIDIA forum 203772), 6.25 % of the
+ * memory for ECC (CUDA C++ Best Practices Guide). Invented: vbios version, temperature thresholds, memory clocks and
+ * steps of the graphics clock, BAR1 size, every figure under load. */
 #define _GNU_SOURCE
 #include "gpu.h"
 
@@ -20,6 +21,18 @@
 #define POWER_DEFAULT_MW 140000u
 #define POWER_MIN_MW 100000u
 #define POWER_MAX_MW 140000u
+#define REST_MW 8000u
+#define REST_C 31
+#define CLOCK_MIN_MHZ 210u
+#define CLOCK_MAX_MHZ 2100u
+#define CLOCK_STEP_MHZ 15u
+#define CLOCK_BOOST_MHZ 1560u
+#define SHUTDOWN_C 98
+#define SLOWDOWN_C 95
+#define GPU_MAX_C 90
+
+/* Reasons for lower clocks. */
+enum { REASON_IDLE = 0x1, REASON_POWER_CAP = 0x4, REASON_HW_SLOWDOWN = 0x8, REASON_SW_THERMAL = 0x20, REASON_HW_THERMAL = 0x40 };
 
 enum {
     OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6,
@@ -37,7 +50,7 @@ static int check(device_t device, const void *answer, int *index)
     if (!users) return UNINITIALIZED;
     *index = (int)(device - gpu_driver()->devices);
     if (!device || !answer || *index < 0 || *index >= (int)gpu_driver()->count) return INVALID_ARGUMENT;
-    return gpu_fault(*index, "lost", 0) ? LOST : OK;
+    return gpu_lost((unsigned)*index) ? LOST : OK;
 }
 
 #define CHECK(answer) \
@@ -81,6 +94,7 @@ API const char *nvmlErrorString(int error)
     case INSUFFICIENT_SIZE: return "Insufficient Size";
     case GPU_DRIVER_NOT_LOADED: return "Driver Not Loaded";
     case TIMEOUT: return "Timeout";
+    case 13: return "Function Not Found";
     case LOST: return "GPU is lost";
     case GPU_VERSION_MISMATCH: return "Driver/library version mismatch";
     default: return "Unknown Error";
@@ -124,7 +138,7 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t *device)
 {
     if (!users) return UNINITIALIZED;
     if (!device || index >= gpu_driver()->count) return INVALID_ARGUMENT;
-    if (gpu_fault((int)index, "lost", 0)) return LOST;
+    if (gpu_lost(index)) return LOST;
     *device = &gpu_driver()->devices[index];
     return OK;
 }
@@ -237,11 +251,53 @@ API int nvmlDeviceGetBAR1MemoryInfo(device_t device, u64 *info)
     return OK;
 }
 
+static unsigned power_limit(int i)
+{
+    unsigned set = gpu_settings()->power_limit_mw[i];
+    return set ? set : POWER_DEFAULT_MW;
+}
+
+/* What the load would draw without a limit. */
+static unsigned power_wanted(int i)
+{
+    unsigned wanted = gpu_load((unsigned)i) * (POWER_MAX_MW / 100);
+    return wanted > REST_MW ? wanted : REST_MW;
+}
+
+static unsigned power_draw(int i)
+{
+    unsigned wanted = power_wanted(i), limit = power_limit(i);
+    return (unsigned)gpu_fault(i, "power_draw_mw", wanted < limit ? wanted : limit);
+}
+
+/* Heat, no more than the loop of a thermal policy needs: without inertia, so that the next reading shows a change.
+ * The card has 31 C at rest, and `heat_c_per_w` more for each watt that it draws beyond. `temperature_c` fixes the
+ * temperature; both together: what the card has at its default power limit, load or no load, and it follows the
+ * limit from there. */
+static int heat(int i)
+{
+    double per_watt = gpu_fault_real(i, "heat_c_per_w", -1);
+    long fixed = gpu_fault(i, "temperature_c", -1);
+    if (fixed >= 0 && per_watt < 0) return (int)fixed;
+    if (fixed >= 0) return (int)(fixed - per_watt * (POWER_DEFAULT_MW - power_limit(i)) / 1000 + 0.5);
+    return (int)(REST_C + (per_watt < 0 ? 0.26 : per_watt) * ((double)power_draw(i) - REST_MW) / 1000 + 0.5);
+}
+
+static u64 reasons_now(int i)
+{
+    int celsius = heat(i);
+    u64 reasons = gpu_busy((unsigned)i) ? 0 : REASON_IDLE;
+    if (power_wanted(i) > power_limit(i)) reasons |= REASON_POWER_CAP;
+    if (celsius >= GPU_MAX_C) reasons |= REASON_SW_THERMAL;
+    if (celsius >= SLOWDOWN_C) reasons |= REASON_HW_SLOWDOWN | REASON_HW_THERMAL;
+    return (u64)gpu_fault(i, "event_reasons", (long)reasons);
+}
+
 API int nvmlDeviceGetTemperature(device_t device, int sensor, unsigned *celsius)
 {
     CHECK(celsius);
-    (void)sensor;
-    *celsius = (unsigned)gpu_fault(i, "temperature_c", gpu_busy((unsigned)i) ? 47 : 31);
+    if (sensor) return INVALID_ARGUMENT;
+    *celsius = (unsigned)heat(i);
     return OK;
 }
 
@@ -257,9 +313,9 @@ API int nvmlDeviceGetTemperatureThreshold(device_t device, int threshold, unsign
 {
     CHECK(celsius);
     switch (threshold) {
-    case 0: *celsius = 98; return OK; /* shutdown */
-    case 1: *celsius = 95; return OK; /* slowdown */
-    case 3: *celsius = 90; return OK; /* highest at which clocks are kept */
+    case 0: *celsius = SHUTDOWN_C; return OK;
+    case 1: *celsius = SLOWDOWN_C; return OK;
+    case 3: *celsius = GPU_MAX_C; return OK; /* the highest at which clocks are kept */
     default: return NOT_SUPPORTED;
     }
 }
@@ -274,8 +330,7 @@ API int nvmlDeviceGetFanSpeed(device_t device, unsigned *percent)
 API int nvmlDeviceGetPowerManagementLimit(device_t device, unsigned *milliwatts)
 {
     CHECK(milliwatts);
-    unsigned set = gpu_settings()->power_limit_mw[i];
-    *milliwatts = set ? set : POWER_DEFAULT_MW;
+    *milliwatts = power_limit(i);
     return OK;
 }
 API int nvmlDeviceGetEnforcedPowerLimit(device_t device, unsigned *milliwatts)
@@ -305,10 +360,8 @@ API int nvmlDeviceSetPowerManagementLimit(device_t device, unsigned milliwatts)
 }
 API int nvmlDeviceGetPowerUsage(device_t device, unsigned *milliwatts)
 {
-    unsigned limit;
     CHECK(milliwatts);
-    nvmlDeviceGetPowerManagementLimit(device, &limit);
-    *milliwatts = (unsigned)gpu_fault(i, "power_draw_mw", gpu_busy((unsigned)i) ? limit / 2 : 8000);
+    *milliwatts = power_draw(i);
     return OK;
 }
 API int nvmlDeviceGetTotalEnergyConsumption(device_t device, u64 *millijoules)
@@ -316,30 +369,99 @@ API int nvmlDeviceGetTotalEnergyConsumption(device_t device, u64 *millijoules)
     struct timespec now;
     CHECK(millijoules);
     clock_gettime(CLOCK_MONOTONIC, &now);
-    *millijoules = (u64)now.tv_sec * 8000;
+    *millijoules = (u64)now.tv_sec * REST_MW;
     return OK;
+}
+
+static const unsigned memory_clocks[] = {7001, 6501, 5001, 810, 405};
+#define MEMORY_CLOCKS (sizeof memory_clocks / sizeof *memory_clocks)
+
+/* The lock holds at rest too; a power cap or heat goes below it. */
+static unsigned graphics_clock(int i)
+{
+    unsigned low = gpu_settings()->clock_min_mhz[i], high = gpu_settings()->clock_max_mhz[i];
+    unsigned clock = gpu_busy((unsigned)i) ? CLOCK_BOOST_MHZ : CLOCK_MIN_MHZ;
+    if (high && clock < low) clock = low;
+    if (high && clock > high) clock = high;
+    if (power_wanted(i) > power_limit(i)) clock = (unsigned)((u64)clock * power_limit(i) / power_wanted(i));
+    if (heat(i) >= SLOWDOWN_C) clock /= 2;
+    if (clock < CLOCK_MIN_MHZ) clock = CLOCK_MIN_MHZ;
+    return (unsigned)gpu_fault(i, "sm_clock_mhz", clock);
 }
 
 /* Clock kinds: 0 graphics, 1 SM, 2 memory, 3 video. */
 API int nvmlDeviceGetClockInfo(device_t device, int kind, unsigned *megahertz)
 {
     CHECK(megahertz);
-    int busy = gpu_busy((unsigned)i);
-    if (kind == 2) *megahertz = (unsigned)gpu_fault(i, "memory_clock_mhz", busy ? 7001 : 405);
-    else *megahertz = (unsigned)gpu_fault(i, "sm_clock_mhz", busy ? 1560 : 210);
-    return kind < 0 || kind > 3 ? INVALID_ARGUMENT : OK;
+    if (kind < 0 || kind > 3) return INVALID_ARGUMENT;
+    *megahertz = kind == 2 ? (unsigned)gpu_fault(i, "memory_clock_mhz", gpu_busy((unsigned)i) ? memory_clocks[0] : memory_clocks[4])
+                           : graphics_clock(i);
+    return OK;
 }
 API int nvmlDeviceGetMaxClockInfo(device_t device, int kind, unsigned *megahertz)
 {
     CHECK(megahertz);
-    *megahertz = kind == 2 ? 7001 : 2100;
-    return kind < 0 || kind > 3 ? INVALID_ARGUMENT : OK;
+    if (kind < 0 || kind > 3) return INVALID_ARGUMENT;
+    *megahertz = kind == 2 ? memory_clocks[0] : CLOCK_MAX_MHZ;
+    return OK;
+}
+API int nvmlDeviceGetMaxCustomerBoostClock(device_t device, int kind, unsigned *megahertz)
+{
+    return nvmlDeviceGetMaxClockInfo(device, kind, megahertz);
+}
+/* Which clock: 0 the current one, 3 the highest; those between are of application clocks. */
+API int nvmlDeviceGetClock(device_t device, int kind, int which, unsigned *megahertz)
+{
+    CHECK(megahertz);
+    if (which == 0) return nvmlDeviceGetClockInfo(device, kind, megahertz);
+    return which == 3 ? nvmlDeviceGetMaxClockInfo(device, kind, megahertz) : which < 0 || which > 3 ? INVALID_ARGUMENT : NOT_SUPPORTED;
+}
+
+API int nvmlDeviceGetSupportedMemoryClocks(device_t device, unsigned *count, unsigned *list)
+{
+    CHECK(count);
+    unsigned room = *count;
+    *count = MEMORY_CLOCKS;
+    if (room < MEMORY_CLOCKS || !list) return INSUFFICIENT_SIZE;
+    memcpy(list, memory_clocks, sizeof memory_clocks);
+    return OK;
+}
+/* At the memory clock of a card at rest the graphics clock stays low. */
+API int nvmlDeviceGetSupportedGraphicsClocks(device_t device, unsigned memory_mhz, unsigned *count, unsigned *list)
+{
+    CHECK(count);
+    size_t known = 0;
+    while (known < MEMORY_CLOCKS && memory_clocks[known] != memory_mhz) known++;
+    if (known == MEMORY_CLOCKS) return NOT_FOUND;
+    unsigned room = *count, highest = memory_mhz == memory_clocks[4] ? 420 : CLOCK_MAX_MHZ;
+    *count = (highest - CLOCK_MIN_MHZ) / CLOCK_STEP_MHZ + 1;
+    if (room < *count || !list) return INSUFFICIENT_SIZE;
+    for (unsigned n = 0; n < *count; n++) list[n] = highest - n * CLOCK_STEP_MHZ;
+    return OK;
+}
+
+/* A real card takes a lower bound of 0; what else it does at the edges of its range is not known to us. */
+API int nvmlDeviceSetGpuLockedClocks(device_t device, unsigned low, unsigned high)
+{
+    CHECK(device);
+    if (!gpu_may_change()) return NO_PERMISSION;
+    if (low > high || high < CLOCK_MIN_MHZ || high > CLOCK_MAX_MHZ) return INVALID_ARGUMENT;
+    gpu_settings()->clock_min_mhz[i] = low;
+    gpu_settings()->clock_max_mhz[i] = high;
+    return OK;
+}
+API int nvmlDeviceResetGpuLockedClocks(device_t device)
+{
+    CHECK(device);
+    if (!gpu_may_change()) return NO_PERMISSION;
+    gpu_settings()->clock_min_mhz[i] = gpu_settings()->clock_max_mhz[i] = 0;
+    return OK;
 }
 
 API int nvmlDeviceGetCurrentClocksEventReasons(device_t device, u64 *reasons)
 {
     CHECK(reasons);
-    *reasons = (u64)gpu_fault(i, "event_reasons", gpu_busy((unsigned)i) ? 0 : 1);
+    *reasons = reasons_now(i);
     return OK;
 }
 API int nvmlDeviceGetCurrentClocksThrottleReasons(device_t device, u64 *reasons)
@@ -352,11 +474,15 @@ API int nvmlDeviceGetSupportedClocksEventReasons(device_t device, u64 *reasons)
     *reasons = 0x1ff;
     return OK;
 }
+API int nvmlDeviceGetSupportedClocksThrottleReasons(device_t device, u64 *reasons)
+{
+    return nvmlDeviceGetSupportedClocksEventReasons(device, reasons);
+}
 
 API int nvmlDeviceGetUtilizationRates(device_t device, unsigned *rates)
 {
     CHECK(rates);
-    rates[0] = (unsigned)gpu_fault(i, "utilization_percent", 0);
+    rates[0] = (unsigned)gpu_fault(i, "utilization_percent", gpu_fault(i, "load_percent", 0));
     rates[1] = (unsigned)gpu_fault(i, "memory_utilization_percent", 0);
     return OK;
 }
@@ -375,23 +501,36 @@ API int nvmlDeviceGetDecoderUtilization(device_t device, unsigned *percent, unsi
 typedef struct { unsigned pid; u64 used; unsigned gpu_instance, compute_instance; } process_t;
 
 /* Asked with too small a table the function says how large it should be, as NVML does. */
-API int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned *count, process_t *list)
+static int processes(device_t device, int mps_only, unsigned *count, process_t *list)
 {
     gpu_process_t all[GPU_CLIENTS];
     unsigned found = 0, room = count ? *count : 0;
     CHECK(count);
     int total = gpu_processes(all);
     for (int n = 0; n < total; n++) {
-        if (all[n].device != (unsigned)i || !all[n].pid) continue;
+        if (all[n].device != (unsigned)i || !all[n].pid || (mps_only && !all[n].mps)) continue;
         if (found < room && list) list[found] = (process_t){all[n].pid, all[n].used_bytes, ~0u, ~0u};
         found++;
     }
     *count = found;
     return found > room ? INSUFFICIENT_SIZE : OK;
 }
+API int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned *count, process_t *list)
+{
+    return processes(device, 0, count, list);
+}
 API int nvmlDeviceGetComputeRunningProcesses_v2(device_t device, unsigned *count, process_t *list)
 {
-    return nvmlDeviceGetComputeRunningProcesses_v3(device, count, list);
+    return processes(device, 0, count, list);
+}
+/* A client of an MPS server has a compute context and an MPS one, nvidia-smi's M+C: it is in both lists. */
+API int nvmlDeviceGetMPSComputeRunningProcesses_v3(device_t device, unsigned *count, process_t *list)
+{
+    return processes(device, 1, count, list);
+}
+API int nvmlDeviceGetMPSComputeRunningProcesses_v2(device_t device, unsigned *count, process_t *list)
+{
+    return processes(device, 1, count, list);
 }
 API int nvmlDeviceGetGraphicsRunningProcesses_v3(device_t device, unsigned *count, process_t *list)
 {
@@ -399,10 +538,6 @@ API int nvmlDeviceGetGraphicsRunningProcesses_v3(device_t device, unsigned *coun
     (void)list;
     *count = 0;
     return OK;
-}
-API int nvmlDeviceGetMPSComputeRunningProcesses_v3(device_t device, unsigned *count, process_t *list)
-{
-    return nvmlDeviceGetGraphicsRunningProcesses_v3(device, count, list);
 }
 
 /* The real link falls back to generation 1 when nothing runs. */
@@ -419,6 +554,27 @@ API int nvmlDeviceGetCurrPcieLinkGeneration(device_t device, unsigned *generatio
     nvmlDeviceGetMaxPcieLinkGeneration(device, &best);
     *generation = (unsigned)gpu_fault(i, "link_generation", gpu_busy((unsigned)i) ? best : 1);
     return OK;
+}
+API int nvmlDeviceGetGpuMaxPcieLinkGeneration(device_t device, unsigned *generation)
+{
+    CHECK(generation);
+    *generation = 4;
+    return OK;
+}
+/* Megabits a second and lane. */
+API int nvmlDeviceGetPcieSpeed(device_t device, unsigned *speed)
+{
+    static const unsigned speeds[] = {0, 2500, 5000, 8000, 16000, 32000};
+    unsigned generation;
+    CHECK(speed);
+    nvmlDeviceGetCurrPcieLinkGeneration(device, &generation);
+    *speed = generation < sizeof speeds / sizeof *speeds ? speeds[generation] : 0;
+    return OK;
+}
+/* NVML's number for 2.5, 5, 8 and 16 GT/s is the generation. */
+API int nvmlDeviceGetPcieLinkMaxSpeed(device_t device, unsigned *speed)
+{
+    return nvmlDeviceGetMaxPcieLinkGeneration(device, speed);
 }
 API int nvmlDeviceGetMaxPcieLinkWidth(device_t device, unsigned *lanes)
 {
@@ -439,20 +595,91 @@ API int nvmlDeviceGetPcieReplayCounter(device_t device, unsigned *replays)
     return OK;
 }
 
+/* A change is pending until the driver is loaded again: the module stand-in then makes it the current mode. */
 API int nvmlDeviceGetEccMode(device_t device, unsigned *current, unsigned *pending)
 {
     CHECK(current);
-    *current = *pending = (unsigned)gpu_fault(i, "ecc_mode", 0);
+    *current = (unsigned)gpu_ecc((unsigned)i);
+    *pending = (unsigned)gpu_fault(i, "ecc_mode", gpu_inforom((unsigned)i, "ecc", gpu_settings()->ecc[i]));
     return OK;
 }
-/* Error kind 0 corrected, 1 uncorrected; no counters while ECC is off. */
+API int nvmlDeviceGetDefaultEccMode(device_t device, unsigned *mode)
+{
+    CHECK(mode);
+    *mode = 0;
+    return OK;
+}
+API int nvmlDeviceSetEccMode(device_t device, unsigned mode)
+{
+    CHECK(device);
+    if (!gpu_may_change()) return NO_PERMISSION;
+    if (mode > 1) return INVALID_ARGUMENT;
+    return gpu_set_inforom((unsigned)i, "ecc", mode) ? GPU_UNKNOWN : OK;
+}
+
+/* Errors come from the fault file alone. Kind 0 corrected, 1 uncorrected; counter 0 since the driver was loaded, 1
+ * over the card's life. Clearing a counter keeps what stood in it, and that is taken off from then on. */
+static const char *const error_keys[] = {"ecc_corrected", "ecc_uncorrected"};
+static const char *const aggregate_keys[] = {"ecc_corrected_aggregate", "ecc_uncorrected_aggregate"};
+
+static u64 errors_so_far(int i, int kind, int counter)
+{
+    long recent = gpu_fault(i, error_keys[kind], 0);
+    return (u64)(counter ? gpu_fault(i, aggregate_keys[kind], recent) : recent);
+}
+static int valid_counter(int i, int kind, int counter)
+{
+    if (kind < 0 || kind > 1 || counter < 0 || counter > 1) return INVALID_ARGUMENT;
+    return gpu_ecc((unsigned)i) ? OK : NOT_SUPPORTED;
+}
+
 API int nvmlDeviceGetTotalEccErrors(device_t device, int kind, int counter, u64 *errors)
 {
     CHECK(errors);
-    (void)counter;
-    if (!gpu_fault(i, "ecc_mode", 0)) return NOT_SUPPORTED;
-    *errors = (u64)gpu_fault(i, kind ? "ecc_uncorrected" : "ecc_corrected", 0);
+    if ((error = valid_counter(i, kind, counter))) return error;
+    u64 all = errors_so_far(i, kind, counter);
+    u64 cleared = counter ? (u64)gpu_inforom((unsigned)i, aggregate_keys[kind], 0) : gpu_settings()->ecc_cleared[i][kind];
+    *errors = all > cleared ? all - cleared : 0;
     return OK;
+}
+/* Since Turing, counters are kept of DRAM (2) and SRAM (7) only. All errors are the DRAM's. */
+API int nvmlDeviceGetMemoryErrorCounter(device_t device, int kind, int counter, int location, u64 *errors)
+{
+    CHECK(errors);
+    if ((error = valid_counter(i, kind, counter))) return error;
+    if (location == 2) return nvmlDeviceGetTotalEccErrors(device, kind, counter, errors);
+    *errors = 0;
+    return location == 7 ? OK : location < 0 || location > 7 ? INVALID_ARGUMENT : NOT_SUPPORTED;
+}
+API int nvmlDeviceClearEccErrorCounts(device_t device, int counter)
+{
+    CHECK(device);
+    if (!gpu_may_change()) return NO_PERMISSION;
+    for (int kind = 0; kind < 2; kind++) {
+        if ((error = valid_counter(i, kind, counter))) return error;
+        u64 all = errors_so_far(i, kind, counter);
+        if (!counter) gpu_settings()->ecc_cleared[i][kind] = (uint32_t)all;
+        else if (gpu_set_inforom((unsigned)i, aggregate_keys[kind], (long)all)) return GPU_UNKNOWN;
+    }
+    return OK;
+}
+/* Ampere remaps rows and retires no pages. */
+API int nvmlDeviceGetRetiredPages(device_t device, int cause, unsigned *count, u64 *addresses)
+{
+    CHECK(count);
+    (void)cause;
+    (void)addresses;
+    return NOT_SUPPORTED;
+}
+API int nvmlDeviceGetRetiredPages_v2(device_t device, int cause, unsigned *count, u64 *addresses, u64 *times)
+{
+    (void)times;
+    return nvmlDeviceGetRetiredPages(device, cause, count, addresses);
+}
+API int nvmlDeviceGetRetiredPagesPendingStatus(device_t device, unsigned *pending)
+{
+    CHECK(pending);
+    return NOT_SUPPORTED;
 }
 API int nvmlDeviceGetRemappedRows(device_t device, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failure)
 {
@@ -485,11 +712,64 @@ MODE(PersistenceMode, persistence, mode <= 1)
 MODE(ComputeMode, compute_mode, mode == 0 || mode == 2 || mode == 3)
 MODE(AccountingMode, accounting, mode <= 1)
 
+static int accounted(int i) { return gpu_settings()->accounting[i] != 0; }
+
+static int running(unsigned pid, unsigned device)
+{
+    gpu_process_t all[GPU_CLIENTS];
+    int total = gpu_processes(all);
+    for (int n = 0; n < total; n++)
+        if (all[n].pid == pid && all[n].device == device) return 1;
+    return 0;
+}
+
+API int nvmlDeviceGetAccountingBufferSize(device_t device, unsigned *size)
+{
+    CHECK(size);
+    *size = GPU_ACCOUNTED;
+    return accounted(i) ? OK : NOT_SUPPORTED;
+}
 API int nvmlDeviceGetAccountingPids(device_t device, unsigned *count, unsigned *pids)
 {
     CHECK(count);
-    (void)pids;
-    *count = 0;
+    if (!accounted(i)) return NOT_SUPPORTED;
+    const gpu_account_t *all = gpu_accounts();
+    unsigned found = 0, room = *count;
+    for (int n = 0; all && n < GPU_ACCOUNTED; n++) {
+        if (!all[n].pid || all[n].device != (unsigned)i) continue;
+        if (found < room && pids) pids[found] = all[n].pid;
+        found++;
+    }
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : OK;
+}
+
+/* A card that runs nothing has no utilisation to tell; a process that was killed ended when it was last seen. */
+typedef struct { unsigned gpu_percent, memory_percent; u64 most_bytes, time_ms, start_us; unsigned running, reserved[5]; } stats_t;
+
+API int nvmlDeviceGetAccountingStats(device_t device, unsigned pid, stats_t *stats)
+{
+    CHECK(stats);
+    if (!accounted(i)) return NOT_SUPPORTED;
+    const gpu_account_t *all = gpu_accounts();
+    for (int n = 0; all && n < GPU_ACCOUNTED; n++) {
+        if (!pid || all[n].pid != pid || all[n].device != (unsigned)i) continue;
+        unsigned alive = (unsigned)running(pid, (unsigned)i);
+        u64 time_ms = alive ? 0 : (all[n].seen_us - all[n].started_us) / 1000;
+        *stats = (stats_t){0, 0, all[n].most_bytes, time_ms, all[n].started_us, alive, {0}};
+        return OK;
+    }
+    return NOT_FOUND;
+}
+/* Forgets those that have ended. */
+API int nvmlDeviceClearAccountingPids(device_t device)
+{
+    CHECK(device);
+    if (!gpu_may_change()) return NO_PERMISSION;
+    if (!accounted(i)) return NOT_SUPPORTED;
+    gpu_account_t *all = gpu_accounts();
+    for (int n = 0; all && n < GPU_ACCOUNTED; n++)
+        if (all[n].device == (unsigned)i && all[n].pid && !running(all[n].pid, (unsigned)i)) all[n].pid = 0;
     return OK;
 }
 

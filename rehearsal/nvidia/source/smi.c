@@ -22,11 +22,12 @@ static void *library;
 static int header = 1, units = 1;
 
 /* One signature serves all: arguments go in registers, and a function takes only those it declares. */
-static int nvml(const char *name, void *a, void *b, void *c)
+static int nvml5(const char *name, void *a, void *b, void *c, void *d, void *e)
 {
-    int (*function)(void *, void *, void *) = (int (*)(void *, void *, void *))dlsym(library, name);
-    return function ? function(a, b, c) : 13;
+    int (*function)(void *, void *, void *, void *, void *) = (int (*)(void *, void *, void *, void *, void *))dlsym(library, name);
+    return function ? function(a, b, c, d, e) : 13;
 }
+static int nvml(const char *name, void *a, void *b, void *c) { return nvml5(name, a, b, c, NULL, NULL); }
 static const char *words(int error)
 {
     const char *(*function)(int) = (const char *(*)(int))dlsym(library, "nvmlErrorString");
@@ -36,12 +37,6 @@ static unsigned number(const char *name, device_t device)
 {
     unsigned value = 0;
     nvml(name, device, &value, NULL);
-    return value;
-}
-static unsigned numbered(const char *name, device_t device, long kind)
-{
-    unsigned value = 0;
-    nvml(name, device, (void *)kind, &value);
     return value;
 }
 static void string(const char *name, device_t device, char *value)
@@ -100,16 +95,23 @@ static const struct { const char *field, *function; long kind; const char *unit;
     {"clocks.sm", "nvmlDeviceGetClockInfo", 1, "MHz"},
     {"clocks.current.sm", "nvmlDeviceGetClockInfo", 1, "MHz"},
     {"clocks.mem", "nvmlDeviceGetClockInfo", 2, "MHz"},
+    {"clocks.video", "nvmlDeviceGetClockInfo", 3, "MHz"},
+    {"clocks.current.video", "nvmlDeviceGetClockInfo", 3, "MHz"},
     {"clocks.current.memory", "nvmlDeviceGetClockInfo", 2, "MHz"},
     {"clocks.max.graphics", "nvmlDeviceGetMaxClockInfo", 0, "MHz"},
     {"clocks.max.sm", "nvmlDeviceGetMaxClockInfo", 1, "MHz"},
     {"clocks.max.memory", "nvmlDeviceGetMaxClockInfo", 2, "MHz"},
+    {"clocks.max.gr", "nvmlDeviceGetMaxClockInfo", 0, "MHz"},
+    {"clocks.max.mem", "nvmlDeviceGetMaxClockInfo", 2, "MHz"},
     {"pcie.link.gen.current", "nvmlDeviceGetCurrPcieLinkGeneration", -1, ""},
     {"pcie.link.gen.gpucurrent", "nvmlDeviceGetCurrPcieLinkGeneration", -1, ""},
     {"pcie.link.gen.max", "nvmlDeviceGetMaxPcieLinkGeneration", -1, ""},
+    {"pcie.link.gen.gpumax", "nvmlDeviceGetGpuMaxPcieLinkGeneration", -1, ""},
     {"pcie.link.width.current", "nvmlDeviceGetCurrPcieLinkWidth", -1, ""},
     {"pcie.link.width.max", "nvmlDeviceGetMaxPcieLinkWidth", -1, ""},
+    {"pcie.replay_counter", "nvmlDeviceGetPcieReplayCounter", -1, ""},
     {"fan.speed", "nvmlDeviceGetFanSpeed", -1, "%"},
+    {"accounting.buffer_size", "nvmlDeviceGetAccountingBufferSize", -1, ""},
 };
 
 static const struct { const char *field, *function; } strings[] = {
@@ -128,12 +130,26 @@ static const struct { const char *field, *function; } modes[] = {
     {"persistence_mode", "nvmlDeviceGetPersistenceMode"}, {"accounting.mode", "nvmlDeviceGetAccountingMode"},
 };
 
+static const struct { const char *name; u64 bit; } reasons[] = {
+    {"gpu_idle", 0x1}, {"applications_clocks_setting", 0x2}, {"sw_power_cap", 0x4}, {"hw_slowdown", 0x8}, {"sync_boost", 0x10},
+    {"sw_thermal_slowdown", 0x20}, {"hw_thermal_slowdown", 0x40}, {"hw_power_brake_slowdown", 0x80},
+};
+
+static int not_available(char *out)
+{
+    strcpy(out, "[N/A]");
+    return 0;
+}
+
 static int value_from_tables(const char *field, device_t device, char *out)
 {
-    for (size_t n = 0; n < sizeof plain / sizeof *plain; n++)
-        if (!strcmp(field, plain[n].field))
-            return amount(out, plain[n].unit, plain[n].kind < 0 ? number(plain[n].function, device)
-                                                                : numbered(plain[n].function, device, plain[n].kind), 0);
+    for (size_t n = 0; n < sizeof plain / sizeof *plain; n++) {
+        unsigned value = 0;
+        if (strcmp(field, plain[n].field)) continue;
+        int error = plain[n].kind < 0 ? nvml(plain[n].function, device, &value, NULL)
+                                      : nvml(plain[n].function, device, (void *)plain[n].kind, &value);
+        return error ? not_available(out) : amount(out, plain[n].unit, value, 0);
+    }
     for (size_t n = 0; n < sizeof strings / sizeof *strings; n++)
         if (!strcmp(field, strings[n].field)) return string(strings[n].function, device, out), 0;
     for (size_t n = 0; n < sizeof limits / sizeof *limits; n++)
@@ -143,25 +159,58 @@ static int value_from_tables(const char *field, device_t device, char *out)
     return -1;
 }
 
+/* `clocks_event_reasons.NAME`, and the name that the group had before. */
+static int reason_value(const char *field, device_t device, char *out)
+{
+    const char *groups[] = {"clocks_event_reasons.", "clocks_throttle_reasons."}, *name = NULL;
+    u64 active = 0;
+    for (int n = 0; n < 2; n++)
+        if (!strncmp(field, groups[n], strlen(groups[n]))) name = field + strlen(groups[n]);
+    if (!name) return -1;
+    nvml(!strcmp(name, "supported") ? "nvmlDeviceGetSupportedClocksEventReasons" : "nvmlDeviceGetCurrentClocksEventReasons",
+         device, &active, NULL);
+    if (!strcmp(name, "active") || !strcmp(name, "supported")) return sprintf(out, "0x%016llX", active), 0;
+    for (size_t n = 0; n < sizeof reasons / sizeof *reasons; n++)
+        if (!strcmp(name, reasons[n].name)) return strcpy(out, active & reasons[n].bit ? "Active" : "Not Active"), 0;
+    return -1;
+}
+
+/* `ecc.errors.KIND.COUNTER.PLACE` */
+static int errors_value(const char *field, device_t device, char *out)
+{
+    static const struct { const char *place; long location; } places[] = {
+        {"total", -1}, {"dram", 2}, {"device_memory", 2}, {"sram", 7}, {"l1_cache", 0}, {"l2_cache", 1},
+        {"register_file", 3}, {"texture_memory", 4}, {"cbu", 6},
+    };
+    char kind[32], counter[32], place[32];
+    u64 errors = 0;
+    if (sscanf(field, "ecc.errors.%31[a-z].%31[a-z].%31[a-z0-9_]", kind, counter, place) != 3) return -1;
+    long kind_number = !strcmp(kind, "uncorrected"), counter_number = !strcmp(counter, "aggregate");
+    if ((!kind_number && strcmp(kind, "corrected")) || (!counter_number && strcmp(counter, "volatile"))) return -1;
+    for (size_t n = 0; n < sizeof places / sizeof *places; n++) {
+        if (strcmp(place, places[n].place)) continue;
+        int error = places[n].location < 0
+            ? nvml5("nvmlDeviceGetTotalEccErrors", device, (void *)kind_number, (void *)counter_number, &errors, NULL)
+            : nvml5("nvmlDeviceGetMemoryErrorCounter", device, (void *)kind_number, (void *)counter_number,
+                    (void *)places[n].location, &errors);
+        return error ? not_available(out) : (sprintf(out, "%llu", errors), 0);
+    }
+    return -1;
+}
+
 static int ecc_value(const char *field, device_t device, char *out)
 {
     unsigned current = 0, pending = 0, rows[4] = {0};
-    u64 errors = 0;
     nvml("nvmlDeviceGetEccMode", device, &current, &pending);
-    int (*remapped)(device_t, void *, void *, void *, void *) =
-        (int (*)(device_t, void *, void *, void *, void *))dlsym(library, "nvmlDeviceGetRemappedRows");
-    if (remapped) remapped(device, &rows[0], &rows[1], &rows[2], &rows[3]);
+    nvml5("nvmlDeviceGetRemappedRows", device, &rows[0], &rows[1], &rows[2], &rows[3]);
     if (!strcmp(field, "ecc.mode.current")) return strcpy(out, enabled(current)), 0;
     if (!strcmp(field, "ecc.mode.pending")) return strcpy(out, enabled(pending)), 0;
-    if (!strcmp(field, "ecc.errors.uncorrected.volatile.total") || !strcmp(field, "ecc.errors.uncorrected.aggregate.total")) {
-        int (*total)(device_t, int, int, u64 *) = (int (*)(device_t, int, int, u64 *))dlsym(library, "nvmlDeviceGetTotalEccErrors");
-        return total && !total(device, 1, 0, &errors) ? sprintf(out, "%llu", errors), 0 : (strcpy(out, "[N/A]"), 0);
-    }
     if (!strcmp(field, "remapped_rows.correctable")) return sprintf(out, "%u", rows[0]), 0;
     if (!strcmp(field, "remapped_rows.uncorrectable")) return sprintf(out, "%u", rows[1]), 0;
     if (!strcmp(field, "remapped_rows.pending")) return strcpy(out, rows[2] ? "Yes" : "No"), 0;
     if (!strcmp(field, "remapped_rows.failure")) return strcpy(out, rows[3] ? "Yes" : "No"), 0;
-    return -1;
+    if (!strncmp(field, "retired_pages.", 14)) return not_available(out);
+    return errors_value(field, device, out);
 }
 
 static int value_of(const char *field, unsigned index, device_t device, char *out)
@@ -169,9 +218,8 @@ static int value_of(const char *field, unsigned index, device_t device, char *ou
     unsigned low = 0, high = 0, rates[2] = {0};
     memory_t memory = {2u << 24 | sizeof(memory_t), 0, 0, 0, 0};
     pci_t pci;
-    u64 reasons = 0;
     char now[32];
-    if (!value_from_tables(field, device, out) || !ecc_value(field, device, out)) return 0;
+    if (!value_from_tables(field, device, out) || !ecc_value(field, device, out) || !reason_value(field, device, out)) return 0;
     nvml("nvmlDeviceGetPciInfo_v3", device, &pci, NULL);
     if (!strncmp(field, "memory.", 7)) {
         nvml("nvmlDeviceGetMemoryInfo_v2", device, &memory, NULL);
@@ -188,7 +236,8 @@ static int value_of(const char *field, unsigned index, device_t device, char *ou
     if (!strcmp(field, "compute_cap")) return nvml("nvmlDeviceGetCudaComputeCapability", device, &low, &high), sprintf(out, "%u.%u", low, high), 0;
     if (!strcmp(field, "compute_mode")) return strcpy(out, compute_mode(number("nvmlDeviceGetComputeMode", device))), 0;
     if (!strcmp(field, "pstate")) return sprintf(out, "P%u", number("nvmlDeviceGetPerformanceState", device)), 0;
-    if (!strcmp(field, "mig.mode.current")) return strcpy(out, "[N/A]"), 0;
+    if (!strcmp(field, "mig.mode.current") || !strcmp(field, "temperature.memory")) return not_available(out);
+    if (!strcmp(field, "power.management")) return strcpy(out, "Supported"), 0;
     if (!strcmp(field, "power.min_limit") || !strcmp(field, "power.max_limit")) {
         nvml("nvmlDeviceGetPowerManagementLimitConstraints", device, &low, &high);
         return amount(out, "W", (field[7] == 'i' ? low : high) / 1000.0, 2);
@@ -196,10 +245,6 @@ static int value_of(const char *field, unsigned index, device_t device, char *ou
     if (!strcmp(field, "utilization.gpu") || !strcmp(field, "utilization.memory")) {
         nvml("nvmlDeviceGetUtilizationRates", device, rates, NULL);
         return amount(out, "%", rates[field[12] == 'm'], 0);
-    }
-    if (!strcmp(field, "clocks_event_reasons.active") || !strcmp(field, "clocks_throttle_reasons.active")) {
-        nvml("nvmlDeviceGetCurrentClocksEventReasons", device, &reasons, NULL);
-        return sprintf(out, "0x%016llX", reasons), 0;
     }
     if (!strcmp(field, "timestamp")) {
         time_t seconds = time(NULL);
@@ -259,6 +304,16 @@ static unsigned processes_of(device_t device, process_t *list)
 {
     unsigned count = PROCESSES;
     return nvml("nvmlDeviceGetComputeRunningProcesses_v3", device, &count, list) ? 0 : count;
+}
+/* A client of MPS has both kinds of context. */
+static const char *process_type(device_t device, unsigned pid)
+{
+    process_t list[PROCESSES];
+    unsigned count = PROCESSES;
+    if (nvml("nvmlDeviceGetMPSComputeRunningProcesses_v3", device, &count, list)) count = 0;
+    for (unsigned n = 0; n < count; n++)
+        if (list[n].pid == pid) return "M+C";
+    return "C";
 }
 static void process_name(unsigned pid, char *name)
 {
@@ -349,7 +404,8 @@ static int table(device_t *devices, unsigned *indexes, int count)
         unsigned found = processes_of(devices[n], list);
         for (unsigned row = 0; row < found; row++, shown++) {
             process_name(list[row].pid, value[0]);
-            printf("| %4u   N/A  N/A %16u      C   %-36.36s %5lluMiB |\n", indexes[n], list[row].pid, value[0], list[row].used / MIB);
+            printf("| %4u   N/A  N/A %16u%7s   %-36.36s %5lluMiB |\n", indexes[n], list[row].pid,
+                   process_type(devices[n], list[row].pid), value[0], list[row].used / MIB);
         }
     }
     if (!shown) puts("|  No running processes found                                                             |");
@@ -375,7 +431,20 @@ static void row(const char *indent, const char *name, const char *field, unsigne
     printf("%s%-*s: %s\n", indent, (int)(42 - strlen(indent)), name, value);
 }
 
-static int details(device_t *devices, unsigned *indexes, int count)
+/* Is a section of -q among those of -d, `ECC,POWER`? All are without it. */
+static int wanted(const char *title, const char *sections)
+{
+    static const struct { const char *name, *title; } names[] = {
+        {"MEMORY", "FB Memory Usage"}, {"UTILIZATION", "Utilization"}, {"ECC", "ECC Mode"}, {"ECC", "ECC Errors"},
+        {"TEMPERATURE", "Temperature"}, {"POWER", "GPU Power Readings"}, {"CLOCK", "Clocks"}, {"CLOCK", "Max Clocks"},
+        {"PERFORMANCE", "Clocks Event Reasons"}, {"ROW_REMAPPER", "Remapped Rows"},
+    };
+    for (size_t n = 0; sections && n < sizeof names / sizeof *names; n++)
+        if (!strcmp(title, names[n].title) && strstr(sections, names[n].name)) return 1;
+    return !sections;
+}
+
+static int details(device_t *devices, unsigned *indexes, int count, const char *sections)
 {
     static const struct { const char *title, *name, *field; } rows[] = {
         {"", "Product Name", "name"}, {"", "Persistence Mode", "persistence_mode"}, {"", "Accounting Mode", "accounting.mode"},
@@ -384,11 +453,18 @@ static int details(device_t *devices, unsigned *indexes, int count)
         {"PCI", "Device Id", "pci.device_id"}, {"PCI", "Bus Id", "pci.bus_id"},
         {"GPU Link Info", "PCIe Generation Current", "pcie.link.gen.current"}, {"GPU Link Info", "PCIe Generation Max", "pcie.link.gen.max"},
         {"GPU Link Info", "Link Width Current", "pcie.link.width.current"}, {"GPU Link Info", "Link Width Max", "pcie.link.width.max"},
-        {"Clocks Event Reasons", "Active", "clocks_event_reasons.active"},
+        {"Clocks Event Reasons", "Active", "clocks_event_reasons.active"}, {"Clocks Event Reasons", "Idle", "clocks_event_reasons.gpu_idle"},
+        {"Clocks Event Reasons", "SW Power Cap", "clocks_event_reasons.sw_power_cap"},
+        {"Clocks Event Reasons", "SW Thermal Slowdown", "clocks_event_reasons.sw_thermal_slowdown"},
+        {"Clocks Event Reasons", "HW Thermal Slowdown", "clocks_event_reasons.hw_thermal_slowdown"},
         {"FB Memory Usage", "Total", "memory.total"}, {"FB Memory Usage", "Reserved", "memory.reserved"},
         {"FB Memory Usage", "Used", "memory.used"}, {"FB Memory Usage", "Free", "memory.free"},
         {"Utilization", "Gpu", "utilization.gpu"}, {"Utilization", "Memory", "utilization.memory"},
         {"ECC Mode", "Current", "ecc.mode.current"}, {"ECC Mode", "Pending", "ecc.mode.pending"},
+        {"ECC Errors", "Volatile DRAM Correctable", "ecc.errors.corrected.volatile.dram"},
+        {"ECC Errors", "Volatile DRAM Uncorrectable", "ecc.errors.uncorrected.volatile.dram"},
+        {"ECC Errors", "Aggregate DRAM Correctable", "ecc.errors.corrected.aggregate.dram"},
+        {"ECC Errors", "Aggregate DRAM Uncorrectable", "ecc.errors.uncorrected.aggregate.dram"},
         {"Remapped Rows", "Correctable Error", "remapped_rows.correctable"}, {"Remapped Rows", "Uncorrectable Error", "remapped_rows.uncorrectable"},
         {"Remapped Rows", "Pending", "remapped_rows.pending"}, {"Remapped Rows", "Remapping Failure Occurred", "remapped_rows.failure"},
         {"Temperature", "GPU Current Temp", "temperature.gpu"},
@@ -407,6 +483,7 @@ static int details(device_t *devices, unsigned *indexes, int count)
         value_of("pci.bus_id", indexes[n], devices[n], value);
         printf("GPU %s\n    Product Brand                         : NVIDIA RTX (simulated)\n", value);
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+            if (!wanted(rows[r].title, sections)) continue;
             if (*rows[r].title && strcmp(title, rows[r].title)) printf("    %s\n", rows[r].title);
             title = rows[r].title;
             row(*title ? "        " : "    ", rows[r].name, rows[r].field, indexes[n], devices[n]);
@@ -421,6 +498,14 @@ static int refused(const char *what, const char *bus_id, int error)
     return error;
 }
 
+/* What is set is lost with the card's last user. */
+static void warn_of_persistence(device_t device, const char *bus_id)
+{
+    if (!number("nvmlDeviceGetPersistenceMode", device))
+        printf("Warning: persistence mode is disabled on device %s. See the Known Issues section of the nvidia-smi(1) man page "
+               "for more information. Run with [--help | -h] switch to get more information on how to enable persistence mode.\n", bus_id);
+}
+
 static int set_power(device_t device, const char *bus_id, double watts)
 {
     unsigned before = number("nvmlDeviceGetPowerManagementLimit", device), low = 0, high = 0, wanted = (unsigned)(watts * 1000 + 0.5);
@@ -432,11 +517,58 @@ static int set_power(device_t device, const char *bus_id, double watts)
     }
     int error = nvml("nvmlDeviceSetPowerManagementLimit", device, (void *)(long)wanted, NULL);
     if (error) return refused("power management limit", bus_id, error);
-    if (!number("nvmlDeviceGetPersistenceMode", device))
-        printf("Warning: persistence mode is disabled on device %s. See the Known Issues section of the nvidia-smi(1) man page "
-               "for more information. Run with [--help | -h] switch to get more information on how to enable persistence mode.\n", bus_id);
+    warn_of_persistence(device, bus_id);
     printf("Power limit for GPU %s was set to %.2f W from %.2f W.\n", bus_id, watts, before / 1000.0);
     return 0;
+}
+
+/* `MIN,MAX`, or one number for both; no number at all: give the clocks free. */
+static int set_clocks(device_t device, const char *bus_id, const char *range)
+{
+    unsigned low = 0, high = 0;
+    int given = *range ? sscanf(range, "%u,%u", &low, &high) : 0;
+    if (*range && given < 1) return refused("GPU clocks", bus_id, 2);
+    if (given == 1) high = low;
+    int error = given ? nvml("nvmlDeviceSetGpuLockedClocks", device, (void *)(long)low, (void *)(long)high)
+                      : nvml("nvmlDeviceResetGpuLockedClocks", device, NULL, NULL);
+    if (error == 4) {
+        printf("The current user does not have permission to change clocks for GPU %s.\nTerminating early due to previous errors.\n", bus_id);
+        return error;
+    }
+    if (error) return refused("GPU clocks", bus_id, error);
+    if (!given) return 0;
+    printf("GPU clocks set to \"(gpuClkMin %u, gpuClkMax %u)\" for GPU %s\n", low, high, bus_id);
+    warn_of_persistence(device, bus_id);
+    return 0;
+}
+
+static int set_ecc(device_t device, const char *bus_id, const char *value, int *reboot)
+{
+    unsigned current = 0, pending = 0;
+    long mode = !strcmp(value, "1") || !strcasecmp(value, "ENABLED") ? 1 : !strcmp(value, "0") || !strcasecmp(value, "DISABLED") ? 0 : -1;
+    if (mode < 0) return refused("ECC mode", bus_id, 2);
+    nvml("nvmlDeviceGetEccMode", device, &current, &pending);
+    if (pending == (unsigned)mode) return printf("ECC support is already %s for GPU %s.\n", enabled(pending), bus_id), 0;
+    int error = nvml("nvmlDeviceSetEccMode", device, (void *)mode, NULL);
+    if (error) return refused("ECC mode", bus_id, error);
+    printf("%s ECC support for GPU %s.\n", enabled((unsigned)mode), bus_id);
+    *reboot |= current != (unsigned)mode;
+    return 0;
+}
+
+static int clear_errors(device_t device, const char *bus_id, const char *value)
+{
+    long counter = !strcmp(value, "1") || !strcasecmp(value, "AGGREGATE") ? 1 : !strcmp(value, "0") || !strcasecmp(value, "VOLATILE") ? 0 : -1;
+    int error = counter < 0 ? 2 : nvml("nvmlDeviceClearEccErrorCounts", device, (void *)counter, NULL);
+    if (error) return refused("ECC error counts", bus_id, error);
+    return printf("Reset %s ECC errors to zero for GPU %s.\n", counter ? "aggregate" : "volatile", bus_id), 0;
+}
+
+static int clear_accounted(device_t device, const char *bus_id)
+{
+    int error = nvml("nvmlDeviceClearAccountingPids", device, NULL, NULL);
+    if (error) return refused("accounted processes", bus_id, error);
+    return printf("Cleared Accounted PIDs for GPU %s.\n", bus_id), 0;
 }
 
 static int set_mode(device_t device, const char *bus_id, char option, const char *value)
@@ -453,34 +585,45 @@ static int set_mode(device_t device, const char *bus_id, char option, const char
     return 0;
 }
 
-static int change(device_t *devices, int count, const char *power, const char *persistence, const char *accounting, const char *compute)
+/* What the command line asks to change; NULL: nothing of it. */
+typedef struct { const char *power, *persistence, *accounting, *compute, *clocks, *ecc, *errors, *accounted; } wishes_t;
+
+static int change(device_t *devices, int count, const wishes_t *wish)
 {
+    int reboot = 0;
     for (int n = 0; n < count; n++) {
         pci_t pci;
         int error = 0;
         nvml("nvmlDeviceGetPciInfo_v3", devices[n], &pci, NULL);
-        if (persistence) error = set_mode(devices[n], pci.bus_id, 'p', persistence);
-        if (!error && power) error = set_power(devices[n], pci.bus_id, atof(power));
-        if (!error && accounting) error = set_mode(devices[n], pci.bus_id, 'a', accounting);
-        if (!error && compute) error = set_mode(devices[n], pci.bus_id, 'c', compute);
+        if (wish->persistence) error = set_mode(devices[n], pci.bus_id, 'p', wish->persistence);
+        if (!error && wish->power) error = set_power(devices[n], pci.bus_id, atof(wish->power));
+        if (!error && wish->clocks) error = set_clocks(devices[n], pci.bus_id, wish->clocks);
+        if (!error && wish->accounting) error = set_mode(devices[n], pci.bus_id, 'a', wish->accounting);
+        if (!error && wish->compute) error = set_mode(devices[n], pci.bus_id, 'c', wish->compute);
+        if (!error && wish->ecc) error = set_ecc(devices[n], pci.bus_id, wish->ecc, &reboot);
+        if (!error && wish->errors) error = clear_errors(devices[n], pci.bus_id, wish->errors);
+        if (!error && wish->accounted) error = clear_accounted(devices[n], pci.bus_id);
         if (error) return error;
     }
-    puts("All done.");
+    puts(reboot ? "All done.\nReboot required." : "All done.");
     return 0;
 }
 
-/* The value of an option in any of its forms: `-x VALUE`, `--long=VALUE`, `--long VALUE`. */
+/* The value of an option in any of its forms: `-x VALUE`, `-x=VALUE`, `--long=VALUE`, `--long VALUE`. */
 static const char *option(int *n, int count, char **argv, const char *brief, const char *full)
 {
-    size_t length = strlen(full);
-    if (!strncmp(argv[*n], full, length) && argv[*n][length] == '=') return argv[*n] + length + 1;
+    const char *equals = strchr(argv[*n], '=');
+    size_t length = equals ? (size_t)(equals - argv[*n]) : 0;
+    if (equals && ((length == strlen(full) && !strncmp(argv[*n], full, length)) || (length == strlen(brief) && !strncmp(argv[*n], brief, length))))
+        return equals + 1;
     if (strcmp(argv[*n], full) && strcmp(argv[*n], brief)) return NULL;
     return *n + 1 < count ? argv[++*n] : "";
 }
 
 int main(int count, char **argv)
 {
-    const char *id = NULL, *fields = NULL, *apps = NULL, *power = NULL, *persistence = NULL, *accounting = NULL, *compute = NULL, *value;
+    const char *id = NULL, *fields = NULL, *apps = NULL, *sections = NULL, *value;
+    wishes_t wish = {0}, nothing = {0};
     int list = 0, full = 0, version = 0;
     for (int n = 1; n < count; n++) {
         if (!strcmp(argv[n], "-L") || !strcmp(argv[n], "--list-gpus")) list = 1;
@@ -493,10 +636,18 @@ int main(int count, char **argv)
             units = !strstr(argv[n], "nounits");
         }
         else if ((value = option(&n, count, argv, "-i", "--id"))) id = value;
-        else if ((value = option(&n, count, argv, "-pl", "--power-limit"))) power = value;
-        else if ((value = option(&n, count, argv, "-pm", "--persistence-mode"))) persistence = value;
-        else if ((value = option(&n, count, argv, "-am", "--accounting-mode"))) accounting = value;
-        else if ((value = option(&n, count, argv, "-c", "--compute-mode"))) compute = value;
+        else if (!strcmp(argv[n], "-rgc") || !strcmp(argv[n], "--reset-gpu-clocks")) wish.clocks = "";
+        else if (!strcmp(argv[n], "-caa") || !strcmp(argv[n], "--clear-accounted-apps")) wish.accounted = "";
+        else if (!strcmp(argv[n], "-r") || !strcmp(argv[n], "--gpu-reset"))
+            return puts("Resetting GPU is not supported: this card is simulated."), 3;
+        else if ((value = option(&n, count, argv, "-d", "--display"))) sections = value;
+        else if ((value = option(&n, count, argv, "-pl", "--power-limit"))) wish.power = value;
+        else if ((value = option(&n, count, argv, "-pm", "--persistence-mode"))) wish.persistence = value;
+        else if ((value = option(&n, count, argv, "-am", "--accounting-mode"))) wish.accounting = value;
+        else if ((value = option(&n, count, argv, "-c", "--compute-mode"))) wish.compute = value;
+        else if ((value = option(&n, count, argv, "-lgc", "--lock-gpu-clocks"))) wish.clocks = *value ? value : "none";
+        else if ((value = option(&n, count, argv, "-e", "--ecc-config"))) wish.ecc = value;
+        else if ((value = option(&n, count, argv, "-p", "--reset-ecc-errors"))) wish.errors = value;
         else return printf("Invalid combination of input arguments (the simulated tool does not know %s). "
                            "Please run 'nvidia-smi -h' for help.\n", argv[n]), 2;
     }
@@ -512,11 +663,11 @@ int main(int count, char **argv)
     }
     int chosen = choose(id, devices, indexes);
     if (chosen < 0) return -chosen;
-    if (power || persistence || accounting || compute) error = change(devices, chosen, power, persistence, accounting, compute);
+    if (memcmp(&wish, &nothing, sizeof wish)) error = change(devices, chosen, &wish);
     else if (fields) error = query_gpu(fields, devices, indexes, chosen);
     else if (apps) error = query_processes(apps, devices, chosen);
     else if (list) error = list_gpus(devices, indexes, chosen);
-    else if (full) error = details(devices, indexes, chosen);
+    else if (full) error = details(devices, indexes, chosen, sections);
     else error = table(devices, indexes, chosen);
     nvml("nvmlShutdown", NULL, NULL, NULL);
     return error;
