@@ -47,7 +47,8 @@ guests = [
             "address": f"{_lab['network']}.{100 + number}/24",
             "gateway": f"{_lab['network']}.1",
             "nameserver": _lab["nameserver"],
-            "image": _lab["image"],
+            "distribution": distribution,
+            "image": _lab["cloud_images"][distribution],
             "cores": 2,
             "memory_mib": 2048,
             "system_disk_gib": 16,
@@ -57,15 +58,17 @@ guests = [
             "nvidia": {
                 **_lab["nvidia"],
                 "power_limit_w": 120,
+                "clocks": {"min_mhz": 300, "max_mhz": 1800},
                 "mps": {"active_thread_percentage": 80, "pinned_memory_limit_mib": 12288},
             },
             "tenants": [
                 {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
                 {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
             ],
+            "engine": _lab.get("engine", {}),
             "registry_ca": _lab["registry_ca"],
             "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
         },
     )
-    for number, node in enumerate(_lab["nodes"], start=1)
+    for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""VMs as containers: a system disk is an overlay on the lab's image, a data disk a loop device, the agent a way in.
+"""VMs as containers: a system disk is an overlay on an image of the lab, a data disk a loop device, the agent a way in.
 
 Each volume is a folder. What a VM start hands over (seed, disks, devices of the card) becomes files of the guest.
 """
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inventory import GpulabError
-from rehearsal import host, image, paths
+from rehearsal import host, paths
 from rehearsal.host import Device, HostSpec
 from rehearsal.nvidia import guest as nvidia_guest
+from rehearsal.pve import images
 from rehearsal.pve.errors import TaskError
 from rehearsal.pve.power import GuestStart, PciDevice
 from rehearsal.pve.state import Volume
@@ -73,7 +74,7 @@ class ContainerPower:
             name=name,
             address=guest.address.partition("/")[0],
             gateway=guest.gateway,
-            lower=image.root(),
+            lower=images.root_of(guest.system.origin),
             upper=system,
             binds=[f"{system / part}:/var/lib/{part}" for part in _REAL_FOLDERS],
             seed=dict(guest.seed),
