@@ -56,7 +56,9 @@ ExecStart=/usr/sbin/modprobe -a nvidia nvidia_uvm
 
 #: Units that set the card, and may write nowhere else: the real driver is no file, the simulated card's settings are.
 SETTING_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service")
-SETTING_DROP_IN = "[Service]\n# simulated: the card's settings are a file.\nReadWritePaths=-/run/lab-gpu -/var/lib/lab-hardware\n"
+SETTING_DROP_IN = (
+    "[Service]\n# simulated: the card's settings are a file.\nReadWritePaths=-/run/lab-gpu -/var/lib/lab-hardware\n"
+)
 
 PERSISTENCED_UNIT = """\
 [Unit]

@@ -225,6 +225,29 @@ def test_program_leaves_what_the_thermal_policy_has_lowered(guest: Guest) -> Non
     assert guest.read()["gpus"][0]["lowered_mw"] == 110000
 
 
+def test_program_locks_clocks_and_lets_them_go(guest: Guest) -> None:
+    assert guest.run({"clocks": [900, 1200]}).returncode == 0
+    found = guest.read()
+    # The simulated card holds the lower bound at rest.
+    assert (found["locked"], found["gpus"][0]["clock_mhz"]) == ([900, 1200], 900)
+    assert guest.run({}).returncode == 0
+    found = guest.read()
+    assert (found["locked"], found["gpus"][0]["clock_mhz"]) == (None, 210)
+
+
+def test_program_fails_where_a_clock_does_not_follow(guest: Guest) -> None:
+    (guest.root / "var/lib/lab-hardware/nvml.conf").write_text("sm_clock_mhz=1560\n")
+    done = guest.run({"clocks": [300, 1200]})
+    assert done.returncode == 1
+    assert done.stderr.endswith("graphics clock: asked for 300 to 1200 MHz, reads 1560 MHz\n")
+
+
+def test_program_leaves_ecc_pending_for_a_reboot(guest: Guest) -> None:
+    assert guest.run({"ecc": True}).returncode == 0
+    assert guest.read()["gpus"][0]["ecc"] == [0, 1]
+    assert guest.run({"ecc": True}).stdout == ""
+
+
 def test_program_says_what_nvml_says(guest: Guest) -> None:
     (guest.root / "run/lab-gpu/driver").unlink()
     done = guest.run({})

@@ -162,7 +162,7 @@ def read(
 ) -> dict[str, Any]:
     """The state. `limits` and `servers` are the live daemon's, None when it does not answer, with `error`."""
     found: dict[str, Any] = {
-        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*"))]),
+        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*.env"))]),
         "unit": units([unit])[unit],
         "user": owner(user, uid),
         "pipe": folder(pipe),
