@@ -83,14 +83,14 @@ def servers(pipe: str) -> list[str]:
 
 
 def wrong(told: dict[str, str], order: dict[str, Any]) -> list[str]:
-    """What the daemon keeps against what it was asked for."""
+    """What the daemon has otherwise than it is declared."""
     percentage, memory = order["active_thread_percentage"], order["pinned_memory_limit_mib"]
     problems = []
     if not same_percentage(told["percentage"], percentage):
-        problems.append(f"active thread percentage: asked for {percentage}, the daemon has {told['percentage']}")
+        problems.append(f"active thread percentage: declared {percentage}, in force {told['percentage']}")
     if not same_memory(told["memory"], memory):
-        asked = "none" if memory is None else f"{memory}M"
-        problems.append(f"pinned memory limit: asked for {asked}, the daemon has {told['memory'] or 'none'}")
+        declared = "none" if memory is None else f"{memory}M"
+        problems.append(f"pinned memory limit: declared {declared}, in force {told['memory'] or 'none'}")
     return problems
 
 
@@ -162,7 +162,7 @@ def read(
 ) -> dict[str, Any]:
     """The state. `limits` and `servers` are the live daemon's, None when it does not answer, with `error`."""
     found: dict[str, Any] = {
-        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*"))]),
+        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*.env"))]),
         "unit": units([unit])[unit],
         "user": owner(user, uid),
         "pipe": folder(pipe),
