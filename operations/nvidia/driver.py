@@ -538,7 +538,7 @@ def unloadable(output: str) -> GpulabError:
     elif "No such device" in output:
         hint = "the driver finds no card that it knows: `dmesg | grep -i nvrm` in the guest"
     elif re.search(r"rmmod: ERROR: Module \S+ is in use", output):
-        hint = "`lsmod | grep nvidia` and `fuser -v /dev/nvidia*` in the guest show by whom; a reboot replaces it, too"
+        hint = "`lsmod | grep nvidia` and `nvidia-smi` in the guest show by whom; a reboot replaces it, too"
     else:
         hint = "`dmesg | tail` in the guest says why"
     return GpulabError("The NVIDIA module could not be loaded", f"It says: {said}", hint)
