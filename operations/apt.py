@@ -67,7 +67,7 @@ _KNOWN: tuple[tuple[str, str, str, str], ...] = (
     (
         r"^(?:E|Error): (?:Could not get lock|Unable to acquire|Unable to lock)[^\n]*?(?P<file>/[\w./-]+)",
         "apt's lock {file} is held by another process",
-        "`fuser -v {file}` in the guest shows which one; " + _WAIT,
+        "`ps -ef | grep -e apt -e dpkg` in the guest shows which one; " + _WAIT,
         f"Waited {LOCK_S} s for it.",
     ),
     # dpkg's own failures before what a repository only warned of.

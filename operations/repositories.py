@@ -7,12 +7,15 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pyinfra.api import QuoteString, StringCommand
+from pyinfra.api import QuoteString
 
+from inventory import GpulabError
 from operations import apt, files, step
 from operations.files import File, Files, content_of
+from operations.told import Told
 
 # An altered or broken key never comes near its place.
 _DOWNLOAD = """
@@ -69,6 +72,22 @@ def digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(base64.b64decode(entry["content"])).hexdigest()
 
 
+def no_key(source: Source, output: str) -> GpulabError:
+    """Why the key could not be had, from what curl or the comparison of its digest printed."""
+    said = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "nothing")
+    if "expected SHA-256" in said:
+        return GpulabError(
+            f"{source.key_url} is not the key that the inventory pins",
+            said,
+            "a publisher's new key is given as `key_sha256` (`toolkit_key_sha256`); confirm its digest elsewhere",
+        )
+    return GpulabError(
+        f"The key {source.key_url} can't be had",
+        f"curl says: {said}",
+        "look at the guest's network and name server, and at the repository's address in the inventory",
+    )
+
+
 def known(sources: Sequence[Source], wanted: Mapping[str, File | None], noop: str) -> step.Commands:
     """The commands of a step that makes apt know repositories.
 
@@ -93,7 +112,7 @@ def known(sources: Sequence[Source], wanted: Mapping[str, File | None], noop: st
         step.changes("read the package lists", tuple(source.uri for source in unread))
     for source in keys:
         words = [QuoteString(word) for word in (source.key_url, source.key, source.sha256 or "")]
-        yield StringCommand("sh", "-c", QuoteString(_DOWNLOAD.strip()), "key", *words)
+        yield Told("sh", "-c", QuoteString(_DOWNLOAD.strip()), "key", *words, explain=partial(no_key, source))
     if changing:
         yield files.write(changing)
     yield apt.update()

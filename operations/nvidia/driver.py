@@ -137,14 +137,14 @@ def leftovers(found: Mapping[str, Any], packages: Sequence[str], branch: str) ->
     Ubuntu's names carry the branch up to 580, so nothing replaces them: `nvidia-utils-580` must go with its branch.
     """
     unnumbered = {name.replace(f"-{branch}", "") for name in packages} - set(packages)
-    found_ones = []
+    left = []
     for name, installed in found.get("related", {}).items():
         major = apt.upstream(installed).partition(".")[0]
         numbered = re.search(r"-(\d{3})(?=-|\.|$)", name)
         old = numbered is not None and numbered[1] == major != branch
         if (old or (name in unnumbered and major != branch)) and name not in packages:
-            found_ones.append(name)
-    return found_ones
+            left.append(name)
+    return left
 
 
 def of_driver(found: Mapping[str, Any]) -> set[str]:
@@ -254,8 +254,9 @@ def decide(
     build = not install and not found["dkms_built"]
     if install and found["secure_boot"] and not found["mok_enrolled"] and found["loaded"] is None:
         raise refused_by_secure_boot()
-    # A single damaged file says which packages it needs; a new version brings all files anyway.
-    reinstall = [] if install else sorted({name for owners in found["damaged"].values() for name in owners})
+    # A new version brings all files anyway. A file that no package knows must come with one of the driver's.
+    damaged = [] if install else found["damaged"].values()
+    reinstall = sorted({name for owners in damaged for name in owners or packages})
     if (install or reinstall or build) and (error := cramped(found)):
         raise error
     if (build or install) and not found["headers"] and found["headers_exist"]:
@@ -538,7 +539,7 @@ def unloadable(output: str) -> GpulabError:
     elif "No such device" in output:
         hint = "the driver finds no card that it knows: `dmesg | grep -i nvrm` in the guest"
     elif re.search(r"rmmod: ERROR: Module \S+ is in use", output):
-        hint = "`lsmod | grep nvidia` and `fuser -v /dev/nvidia*` in the guest show by whom; a reboot replaces it, too"
+        hint = "`lsmod | grep nvidia` and `nvidia-smi` in the guest show by whom; a reboot replaces it, too"
     else:
         hint = "`dmesg | tail` in the guest says why"
     return GpulabError("The NVIDIA module could not be loaded", f"It says: {said}", hint)

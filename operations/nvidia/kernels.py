@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyinfra import host
+from pyinfra import host, logger
 from pyinfra.api import QuoteString, StringCommand
 
 from inventory import GpulabError
@@ -176,6 +176,10 @@ def keep_default() -> None:
     """
     found = step.read(KernelFacts, dropin=DROPIN)
     dropin = kept(found)
+    if dropin is not None:
+        logger.warning(
+            f"{host.print_prefix}kernel {newest(found)} has no NVIDIA module: {found['running']} stays the default"
+        )
     if dropin != found["dropin"]:
         _run(files.write({DROPIN: None if dropin is None else File(dropin)}))
     elif boots_next(found) == (found["running"] if dropin else newest(found)):
@@ -199,7 +203,7 @@ def require_module(found: Mapping[str, Any]) -> None:
     """
     following = boots_next(found)
     modules = {kernel["release"]: kernel["module"] for kernel in found["kernels"]}
-    if following != found["running"] and modules.get(following) is None:
+    if modules.get(following) is None:
         raise GpulabError(
             f"The kernel that would boot next, {following}, has no NVIDIA module",
             f"The guest runs {found['running']} and was not rebooted.",

@@ -97,7 +97,7 @@ E: Sub-process /usr/bin/dpkg returned an error code (1)
         (
             "E: Unable to acquire the dpkg frontend lock (/var/lib/dpkg/lock-frontend), are you root?",
             "apt's lock /var/lib/dpkg/lock-frontend is held by another process",
-            "fuser",
+            "grep -e apt",
         ),
         (EXPIRED_GPGV, "The key that signs http://127.0.0.1:18777 has expired", "key_sha256"),
         (EXPIRED_SQV, "The key that signs http://127.0.0.1:18777 has expired", "key_sha256"),

@@ -27,7 +27,7 @@ from operations.nvidia.driver import (
 )
 from operations.nvidia.repository import SOURCES, pin, sources
 from operations.nvidia.toolkit import outdated
-from operations.repositories import Source, stale_keys
+from operations.repositories import Source, no_key, stale_keys
 
 PACKAGES = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
 HOSTS = Path(__file__).parent.parent / "hosts"
@@ -116,6 +116,27 @@ def test_a_key_without_digest_is_fetched_again_when_its_repository_moves() -> No
     there = {"/key": entry(b"any"), SOURCES: entry(b"URIs: elsewhere")}
     assert stale_keys(there, [source], {}) == []
     assert stale_keys(there, [source], {SOURCES: File("URIs: u")}) == [source]
+
+
+@pytest.mark.parametrize(
+    ("output", "brief", "details"),
+    [
+        (
+            "curl: (7) Failed to connect to m.example port 443 after 2 ms: Could not connect to server\n",
+            "The key https://m.example/key can't be had",
+            "curl says: curl: (7) Failed to connect to m.example port 443",
+        ),
+        (
+            "https://m.example/key: expected SHA-256 aa, got bb\n",
+            "https://m.example/key is not the key that the inventory pins",
+            "expected SHA-256 aa, got bb",
+        ),
+    ],
+)
+def test_why_a_key_could_not_be_had(output: str, brief: str, details: str) -> None:
+    error = no_key(Source("u", "https://m.example/key", "aa", SOURCES, "/key"), output)
+    assert error.brief == brief
+    assert details in error.details
 
 
 def test_a_guest_that_does_not_exist_yet_gets_the_driver_and_its_module() -> None:
@@ -282,7 +303,7 @@ def test_other_reasons_of_a_failed_build(over: dict[str, Any], line: str, hint: 
         ),
         ("modprobe: ERROR: could not insert 'nvidia': Exec format error", "The NVIDIA module", "another kernel"),
         ("modprobe: ERROR: could not insert 'nvidia': No such device", "The NVIDIA module", "no card that it knows"),
-        ("rmmod: ERROR: Module nvidia_uvm is in use", "The NVIDIA module", "fuser"),
+        ("rmmod: ERROR: Module nvidia_uvm is in use", "The NVIDIA module", "lsmod"),
         ("something else", "The NVIDIA module", "dmesg"),
     ],
 )

@@ -29,11 +29,10 @@ def read(package_names: list[str], blacklist: str, policy: bool) -> dict[str, An
     loaded = (text("/sys/module/nvidia/version") or "").strip() or None
     on_disk = run("modinfo", "-F", "version", "nvidia")[1].strip() or None
     query = run("nvidia-smi", f"--query-gpu={COLUMNS}", "--format=csv,noheader,nounits", timeout=60)
-    # `nvidia/580.95.05, 6.12.48+deb13-amd64, x86_64: installed`
     dkms = [line for line in run("dkms", "status")[1].splitlines() if line.startswith("nvidia")]
-    built = on_disk == version and any(
-        f"/{version}, {kernel}, " in line and re.search(r":\s*installed", line) for line in dkms
-    )
+    # `nvidia/580.95.05, 6.12.48+deb13-amd64, x86_64: installed`; DKMS 2 has a comma behind the name.
+    done = re.compile(rf"nvidia\S*(?:/|, ){re.escape(version)}, {re.escape(kernel)}, [^:]*:\s*installed")
+    built = on_disk == version and any(done.match(line) for line in dkms)
     headers = listed.get(f"linux-headers-{kernel}", ["", "", ""])[2] == "installed"
     library = libraries()
     firmware = sorted({path.split("/")[4] for path in glob.glob("/lib/firmware/nvidia/[0-9][0-9][0-9].*/gsp*.bin*")})
