@@ -47,7 +47,8 @@ guests = [
             "address": f"{_lab['network']}.{100 + number}/24",
             "gateway": f"{_lab['network']}.1",
             "nameserver": _lab["nameserver"],
-            "image": _lab["image"],
+            "distribution": distribution,
+            "image": _lab["cloud_images"][distribution],
             "cores": 2,
             "memory_mib": 2048,
             "system_disk_gib": 16,
@@ -65,9 +66,10 @@ guests = [
             ],
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
+            "engine": _lab.get("engine", {}),
             "registry_ca": _lab["registry_ca"],
             "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
         },
     )
-    for number, node in enumerate(_lab["nodes"], start=1)
+    for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Debian 13 root file system that every host of the lab is a clone of; built once, then taken from the cache.
+"""The Debian root file systems that the hosts of the lab are clones of; each built once, then taken from the cache.
 
 Package sources, resolver, proxies and extra certificate authorities are the control machine's own: what it can reach,
 the lab's hosts can reach, and nothing here names a mirror.
@@ -19,7 +19,10 @@ from pathlib import Path
 from inventory import GpulabError
 from rehearsal import paths
 
+#: Of the nodes, and of the guests that declare nothing else.
 SUITE = "trixie"
+#: Guest distributions that the lab has an image of, by their names in an inventory.
+SUITES = {"debian12": "bookworm", "debian13": SUITE}
 COMPONENTS = ("main", "contrib", "non-free", "non-free-firmware")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PACKAGES = (
@@ -27,8 +30,10 @@ PACKAGES = (
     "python3", "sudo", "ca-certificates", "curl", "gnupg", "nftables", "iproute2", "iputils-ping", "procps",
     "netbase", "kmod", "pciutils", "cpio", "e2fsprogs", "fdisk", "less", "zstd",
 )  # fmt: skip
-#: Files of the image that make Debian 13 run in a container; see each file's head.
+#: Files of the image that make Debian run in a container; see each file's head.
 FILES = Path(__file__).parent / "image_files"
+#: The same for one suite alone, in a folder of its name.
+SUITE_FILES = Path(__file__).parent / "suite_files"
 #: apt settings of the control machine that decide what it can reach.
 APT_SETTINGS = ("Acquire::http::", "Acquire::https::", "Acquire::Check-", "Acquire::Retries")
 LOCAL_CERTIFICATES = Path("/usr/local/share/ca-certificates")
@@ -50,61 +55,61 @@ class Source:
         )
 
 
-def root() -> Path:
+def root(suite: str = SUITE) -> Path:
     """The unpacked image: the lower layer of each host's overlay. Never written to."""
-    return paths.image() / "root"
+    return paths.image(suite) / "root"
 
 
-def ensure(report: Report = print) -> Path:
-    """Build the image unless the cached one was made from the same things; returns `root()`.
+def ensure(report: Report = print, suite: str = SUITE) -> Path:
+    """Build the image unless the cached one was made from the same things; returns its `root()`.
 
     Raises:
         GpulabError: no Debian source on this machine, or the build failed (its log is named).
     """
-    folder = paths.image()
-    wanted = key()
+    folder, target = paths.image(suite), root(suite)
+    wanted = key(suite)
     key_file = folder / "key.json"
-    if key_file.exists() and json.loads(key_file.read_text()) == wanted and root().is_dir():
-        return root()
+    if key_file.exists() and json.loads(key_file.read_text()) == wanted and target.is_dir():
+        return target
     # Without its key a half-made image is never taken for a whole one.
     key_file.unlink(missing_ok=True)
-    shutil.rmtree(root(), ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    report(f"building the Debian 13 image ({len(PACKAGES)} packages and what they need)")
-    _build(folder, wanted)
-    (folder / "root.new").rename(root())
+    report(f"building the image of Debian {suite} ({len(PACKAGES)} packages and what they need)")
+    _build(folder, suite)
+    (folder / "root.new").rename(target)
     key_file.write_text(json.dumps(wanted, indent=2) + "\n")
-    return root()
+    return target
 
 
-def download(names: Sequence[str]) -> list[Path]:
-    """Packages of the image's Debian as files, each the version that apt would install; downloaded once.
+def download(names: Sequence[str], suite: str = SUITE) -> list[Path]:
+    """Debian's packages of these names as files, each the version that apt would install; downloaded once.
 
     Raises:
         GpulabError: apt cannot.
     """
-    folder = paths.image() / "packages"
+    folder = paths.image(suite) / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not list(folder.glob(f"{name}_*.deb"))]
     # The image's own package lists do, unless there is no image yet or the mirror has moved on since.
-    listed = root() / "var/lib/apt/lists"
-    if missing and not (listed.is_dir() and _apt(folder, listed, "download", *missing).returncode == 0):
+    listed = root(suite) / "var/lib/apt/lists"
+    if missing and not (listed.is_dir() and _apt(folder, suite, listed, "download", *missing).returncode == 0):
         fresh = folder / "apt/lists"
         for words in (("update",), ("download", *missing)):
-            done = _apt(folder, fresh, *words)
+            done = _apt(folder, suite, fresh, *words)
             if done.returncode != 0:
-                brief = f"`apt-get {' '.join(words)}` for {SUITE} ended with {done.returncode}"
+                brief = f"`apt-get {' '.join(words)}` for {suite} ended with {done.returncode}"
                 raise GpulabError(brief, done.stderr.strip())
     return [max(folder.glob(f"{name}_*.deb"), key=lambda path: path.stat().st_mtime) for name in names]
 
 
-def _apt(folder: Path, lists: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _apt(folder: Path, suite: str, lists: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """apt-get with the image's sources and `lists`, in `folder`; nothing of this machine's packages is looked at."""
     state = folder / "apt"
     for part in ("etc", "cache/archives/partial", "lists/partial"):
         (state / part).mkdir(parents=True, exist_ok=True)
     (state / "status").touch()
-    (state / "etc/lab.sources").write_text("\n".join(source.stanza() for source in sources()))
+    (state / "etc/lab.sources").write_text("\n".join(source.stanza() for source in sources(suite)))
     options = {
         "Dir::Etc": state / "etc", "Dir::Etc::sourceparts": state / "etc", "Dir::Etc::sourcelist": "/dev/null",
         "Dir::State": state, "Dir::State::lists": lists, "Dir::State::status": state / "status",
@@ -115,19 +120,23 @@ def _apt(folder: Path, lists: Path, *words: str) -> subprocess.CompletedProcess[
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def key() -> dict[str, object]:
+def key(suite: str = SUITE) -> dict[str, object]:
     """All that decides what the image is: when any of it changes, the image is made anew."""
     return {
-        "suite": SUITE,
+        "suite": suite,
         "packages": list(PACKAGES),
-        "sources": [source.stanza() for source in sources()],
+        "sources": [source.stanza() for source in sources(suite)],
         "apt": apt_settings(),
-        "files": {str(path.relative_to(FILES)): _digest(path) for path in _files(FILES)},
+        "files": {
+            str(path.relative_to(folder)): _digest(path)
+            for folder in (FILES, SUITE_FILES / suite)
+            for path in _files(folder)
+        },
         "certificates": {path.name: _digest(path) for path in _certificates()},
     }
 
 
-def sources(etc_apt: Path = Path("/etc/apt"), codename: str | None = None) -> list[Source]:
+def sources(suite: str = SUITE, etc_apt: Path = Path("/etc/apt"), codename: str | None = None) -> list[Source]:
     """The control machine's Debian sources, with the suite renamed to the image's.
 
     Third-party sources are left out: theirs is another key, or a suite of another name.
@@ -136,7 +145,7 @@ def sources(etc_apt: Path = Path("/etc/apt"), codename: str | None = None) -> li
         GpulabError: there is none.
     """
     own = codename or os_release()["VERSION_CODENAME"]
-    names = {own: SUITE, f"{own}-updates": f"{SUITE}-updates", f"{own}-security": f"{SUITE}-security"}
+    names = {f"{own}{part}": f"{suite}{part}" for part in ("", "-updates", "-security")}
     found: list[Source] = []
     for path in [etc_apt / "sources.list", *sorted((etc_apt / "sources.list.d").glob("*"))]:
         if not path.is_file() or path.suffix not in (".list", ".sources"):
@@ -153,7 +162,7 @@ def sources(etc_apt: Path = Path("/etc/apt"), codename: str | None = None) -> li
         raise GpulabError(
             f"No apt source of Debian {own} on this machine",
             f"Looked in {etc_apt}/sources.list and {etc_apt}/sources.list.d.",
-            f"the image of the lab's hosts is built from the same mirror, with {own} replaced by {SUITE}",
+            f"the image of the lab's hosts is built from the same mirror, with {own} replaced by {suite}",
         )
     return found
 
@@ -210,12 +219,14 @@ def os_release(path: Path = Path("/etc/os-release")) -> dict[str, str]:
     return {name: value.strip('"') for name, _, value in pairs}
 
 
-def _build(folder: Path, wanted: dict[str, object]) -> None:
+def _build(folder: Path, suite: str) -> None:
     """Run mmdebstrap into `root.new`; what it downloads goes through the shared cache."""
     seed = folder / "seed"
     shutil.rmtree(seed, ignore_errors=True)
     overlay = seed / "files"
     shutil.copytree(FILES, overlay)
+    if (SUITE_FILES / suite).is_dir():
+        shutil.copytree(SUITE_FILES / suite, overlay, dirs_exist_ok=True)
     for path in _files(overlay):
         path.chmod(0o755 if path.read_bytes().startswith(b"#!") else 0o644)
     (overlay / "etc/apt/apt.conf.d").mkdir(parents=True, exist_ok=True)
@@ -240,10 +251,10 @@ def _build(folder: Path, wanted: dict[str, object]) -> None:
         "--skip=cleanup/apt/lists,essential/unlink,download/empty",
         *(f"--aptopt={setting.rstrip(';')}" for setting in apt_settings()),
         f"--setup-hook={take}", f'--customize-hook={customize} "$1"',
-        SUITE, str(target), "-",
+        suite, str(target), "-",
     ]  # fmt: skip
     with open(log, "wb") as sink:
-        text = "\n".join(source.stanza() for source in sources()).encode()
+        text = "\n".join(source.stanza() for source in sources(suite)).encode()
         # The temporary root is made below our cache: /tmp may be small, and hard links need one file system.
         environment = {**os.environ, "TMPDIR": str(folder), "DEBIAN_FRONTEND": "noninteractive"}
         done = subprocess.run(command, input=text, stdout=sink, stderr=subprocess.STDOUT, env=environment, check=False)

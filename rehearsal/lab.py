@@ -29,6 +29,9 @@ from rehearsal.host import HostSpec
 from rehearsal.network import Network
 
 NODES = ("pve1",)
+#: What the guests of the nodes are, in order; those after them are as the first. One node's guest is Debian 13, so
+#: that a lab of one needs one image.
+GUESTS = ("debian13", "debian12")
 FIRST_NODE = 11
 FIRST_PORT = 18006
 SSH_S = 60.0
@@ -51,6 +54,11 @@ class LabNode:
     def front_port(self) -> int:
         return FIRST_PORT + self.index
 
+    @property
+    def guest(self) -> str:
+        """The distribution of its guest."""
+        return GUESTS[self.index] if self.index < len(GUESTS) else GUESTS[0]
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -58,6 +66,16 @@ class Lab:
 
     network: Network
     nodes: list[LabNode]
+
+    @property
+    def distributions(self) -> list[str]:
+        """Of its guests."""
+        return sorted({entry.guest for entry in self.nodes})
+
+    @property
+    def services(self) -> list[str]:
+        """What serves its hosts beside the API: Debian 12 has no Docker of its own that knows a GPU."""
+        return ["nvidia", "registry", *(["docker"] if "debian12" in self.distributions else [])]
 
 
 @dataclass(frozen=True)
@@ -93,9 +111,11 @@ def up(names: Sequence[str] = NODES, hardware: Path = node.MACHINE) -> None:
             _say("clearing what an interrupted run has left")
             _take_down()
         machine.install(_say)
+        machine.raise_limits(_say)
         began = time.monotonic()
-        image.ensure(_say)
-        for name in ("nvidia", "registry"):
+        for suite in dict.fromkeys([image.SUITE, *(image.SUITES[name] for name in wanted.distributions)]):
+            image.ensure(_say, suite)
+        for name in wanted.services:
             _say(f"preparing the {name} stand-ins")
             _service(name).prepare()
         _bring_up(wanted, hardware)
@@ -229,18 +249,19 @@ def _bring_up(lab: Lab, hardware: Path) -> None:
     for warning in network.up(lab.network):
         _say(f"warning: {warning}")
     _make_keys(lab)
-    pve, nvidia, registry = _service("pve"), _service("nvidia"), _service("registry")
+    pve = _service("pve")
     known: dict[str, Any] = {
         "simulated": True,
         "network": lab.network.gateway.rpartition(".")[0],
         "nodes": {entry.name: entry.address for entry in lab.nodes},
         "nameserver": lab.network.resolvers[0],
-        "image": pve.prepare(),
+        "guests": [entry.guest for entry in lab.nodes],
+        "cloud_images": pve.prepare(lab.distributions),
     }
-    _say("starting the API, the package repository and the image registry")
+    _say("starting the API, the package repositories and the image registry")
     pve.start([(entry.name, entry.address) for entry in lab.nodes])
-    known["nvidia"] = nvidia.start()
-    known |= registry.start()
+    for name in lab.services:
+        known |= _service(name).start()
     _say(f"starting {', '.join(entry.name for entry in lab.nodes)}")
     for entry in lab.nodes:
         host.start(node_spec(lab, entry, hardware))

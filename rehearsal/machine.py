@@ -30,6 +30,9 @@ PACKAGES = {
     "libc6-dev": "compiles the NVML stand-in",
 }
 RELEASES = {"12", "13"}
+#: How many inotify instances one user may have; Debian's 128 are too few, because all hosts' services run as one root.
+INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+INOTIFY_INSTANCES = 1024
 
 
 def check() -> None:
@@ -71,6 +74,14 @@ def install(report: Callable[[str], None], packages: Iterable[str] = PACKAGES) -
         report("updating the package lists")
         _apt("update", must=True)
         _apt("install", *missing, must=True)
+
+
+def raise_limits(report: Callable[[str], None], path: Path = INOTIFY) -> None:
+    """Let several hosts run: services fail with `Too many open files` otherwise. The setting ends with a reboot."""
+    found = int(path.read_text())
+    if found < INOTIFY_INSTANCES:
+        report(f"raising fs.inotify.max_user_instances from {found} to {INOTIFY_INSTANCES}")
+        path.write_text(f"{INOTIFY_INSTANCES}\n")
 
 
 def missing_packages(packages: Iterable[str] = PACKAGES) -> list[str]:

@@ -21,14 +21,14 @@ def cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache").resolve() / "gpulab"
 
 
-def image() -> Path:
-    """Cache: the Debian 13 image of every host (`root/`, `key.json`)."""
-    return cache() / "image"
+def image(suite: str) -> Path:
+    """Cache: the image of every host of one Debian suite (`root/`, `key.json`)."""
+    return cache() / "image" / suite
 
 
 def debs() -> Path:
     """Cache: downloaded packages that the hosts share."""
-    return image() / "apt"
+    return cache() / "image" / "apt"
 
 
 def lab() -> Path:

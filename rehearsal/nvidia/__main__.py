@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Serves a folder over HTTP: NVIDIA's package repositories of the lab.
+"""Serves a folder over HTTP: a package repository of the lab.
 
 python -m rehearsal.nvidia --address 127.0.0.1 --port 8099 FOLDER
 """

@@ -55,7 +55,7 @@ class Package:
 
     @property
     def filename(self) -> str:
-        return f"{self.name}_{self.version}_{self.architecture}.deb"
+        return f"{self.name}_{self.version.rpartition(':')[2]}_{self.architecture}.deb"
 
 
 def control(package: Package) -> str:

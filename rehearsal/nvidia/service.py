@@ -62,7 +62,7 @@ def prepare(folder: Path | None = None, base_url: str | None = None, debian: Fet
         stamp.unlink(missing_ok=True)
         print("building NVIDIA's package repositories (simulated)")
         _build(folder, base, debian)
-        _forget_downloads(folder / "www")
+        forget_downloads(folder / "www")
         stamp.write_text(wanted)
     return read(folder)
 
@@ -72,28 +72,37 @@ def read(folder: Path | None = None) -> Repository:
     return Repository(**json.loads(((folder or cache()) / "repository.json").read_text()))
 
 
-def start() -> dict[str, str]:
-    """Serve the repositories on the bridge until the lab goes down; returns keys of an inventory's `nvidia`.
+def start() -> dict[str, dict[str, str]]:
+    """Serve the repositories on the bridge until the lab goes down; returns keys of an inventory, `nvidia`.
+
+    Raises:
+        GpulabError: the server does not listen within seconds.
+    """
+    serve(PROCESS, PORT, cache() / "www")
+    return {"nvidia": asdict(read())}
+
+
+def serve(process: str, port: int, folder: Path) -> None:
+    """Serve a folder on the bridge until the lab goes down.
 
     Raises:
         GpulabError: the server does not listen within seconds.
     """
     gateway = network.current().gateway
-    if not processes.running(PROCESS):
-        argv = [sys.executable, "-m", "rehearsal.nvidia", "--address", gateway, "--port", str(PORT)]
-        processes.start(PROCESS, [*argv, str(cache() / "www")])
+    if not processes.running(process):
+        argv = [sys.executable, "-m", "rehearsal.nvidia", "--address", gateway, "--port", str(port), str(folder)]
+        processes.start(process, argv)
     deadline = time.monotonic() + START_S
-    while not _listens(gateway):
-        if time.monotonic() > deadline or not processes.running(PROCESS):
-            log = paths.logs() / f"{PROCESS}.log"
-            raise GpulabError(f"NVIDIA's repositories do not answer at {url()}", log.read_text()[-500:])
+    while not _listens(gateway, port):
+        if time.monotonic() > deadline or not processes.running(process):
+            log = paths.logs() / f"{process}.log"
+            raise GpulabError(f"{process} does not answer at {gateway}:{port}", log.read_text()[-500:])
         time.sleep(0.02)
-    return asdict(read())
 
 
-def _listens(address: str) -> bool:
+def _listens(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((address, PORT)) == 0
+        return probe.connect_ex((address, port)) == 0
 
 
 def cache() -> Path:
@@ -186,25 +195,25 @@ def _write_cuda(folder: Path, address: str, key: SigningKey, listed: list[tuple[
     public = key.public()
     keyring = packages.keyring_package(address, folder.parent.name, public)
     fields = {"Origin": "NVIDIA", "Label": "NVIDIA CUDA", "Architecture": "x86_64", "Description": "simulated"}
-    write_repository(folder, [(keyring, pack(keyring)), *listed], fields, key, _now())
+    write_repository(folder, [(keyring, pack(keyring)), *listed], fields, key, now())
     (folder / "cuda-archive-keyring.gpg").write_bytes(public)
 
 
 def _write_toolkit(folder: Path, address: str, key: SigningKey) -> None:
     listed = [package for version in packages.TOOLKITS for package in packages.toolkit_packages(version)]
     fields = {"Origin": "NVIDIA", "Label": "libnvidia-container", "Architectures": "amd64", "Description": "simulated"}
-    write_repository(folder / "stable/deb/amd64", _packed(listed), fields, key, _now())
+    write_repository(folder / "stable/deb/amd64", _packed(listed), fields, key, now())
     (folder / "gpgkey").write_bytes(key.public(armoured=True))
     (folder / "stable/deb/nvidia-container-toolkit.list").write_text(f"deb {address}/stable/deb/$(ARCH) /\n")
 
 
-def _forget_downloads(www: Path) -> None:
+def forget_downloads(www: Path) -> None:
     """Packages keep their version when they are built anew: no host may take the old ones from the shared cache."""
     for package in www.rglob("*.deb"):
         (paths.debs() / package.name).unlink(missing_ok=True)
 
 
-def _now() -> int:
+def now() -> int:
     """Now, or SOURCE_DATE_EPOCH. apt refuses a Release whose date lies in the future, not an old one."""
     return int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
 

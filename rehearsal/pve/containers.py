@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""VMs as containers: a system disk is an overlay on the lab's image, a data disk a loop device, the agent a way in.
+"""VMs as containers: a system disk is an overlay on an image of the lab, a data disk a loop device, the agent a way in.
 
 Each volume is a folder. What a VM start hands over (seed, disks, devices of the card) becomes files of the guest.
 """
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inventory import GpulabError
-from rehearsal import host, image, paths
+from rehearsal import host, paths
 from rehearsal.host import Device, HostSpec
 from rehearsal.nvidia import guest as nvidia_guest
+from rehearsal.pve import images
 from rehearsal.pve.errors import TaskError
 from rehearsal.pve.power import GuestStart, PciDevice
 from rehearsal.pve.state import Volume
@@ -32,8 +33,8 @@ _LINKS_FILE = "/etc/tmpfiles.d/lab-disk-links.conf"
 _AGENT = "/usr/sbin/qemu-ga"
 # The folder of the `local` storage on the node.
 _LOCAL = "/var/lib/vz"
-# Folders that cannot lie on an overlay because Docker makes overlays of its own there.
-_REAL_FOLDERS = ("docker", "containerd")
+# Folders that cannot lie on an overlay because Docker and Podman make overlays of their own there.
+_REAL_FOLDERS = ("docker", "containerd", "containers")
 _NAMESPACE = uuid.UUID("6c2f6f6e-7a52-4a49-9c0c-3a0f7f1f6d53")
 _POLL_S = 0.1
 # A tree with all that an overlay's upper folder needs: owners, white-outs, the overlay's own attributes.
@@ -73,7 +74,7 @@ class ContainerPower:
             name=name,
             address=guest.address.partition("/")[0],
             gateway=guest.gateway,
-            lower=image.root(),
+            lower=images.root_of(guest.system.origin),
             upper=system,
             binds=[f"{system / part}:/var/lib/{part}" for part in _REAL_FOLDERS],
             seed=dict(guest.seed),

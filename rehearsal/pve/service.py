@@ -8,6 +8,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from inventory import GpulabError
@@ -43,22 +44,26 @@ WantedBy=multi-user.target
 """
 
 
-def prepare() -> dict[str, str]:
-    """Make the CA and the stand-in cloud image; returns the inventory's `image` (url, checksum, filename)."""
+def prepare(distributions: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Make the CA and the stand-in cloud images; returns an inventory's `image` (url, checksum, filename) of each."""
     ca.authority(paths.ca())
-    images.write()
-    return images.description(network.current().gateway)
+    found = {}
+    for distribution in distributions:
+        images.write(distribution)
+        found[distribution] = images.description(network.current().gateway, distribution)
+    return found
 
 
 def start(nodes: list[tuple[str, str]]) -> None:
     """Start the fronts of these nodes, `(name, address)` in the order of their ports, and wait until they listen.
+
+    After `prepare()`, which makes what they serve.
 
     Raises:
         GpulabError: one does not within half a minute.
     """
     if processes.running(PROCESS):
         return
-    prepare()
     for name, _ in nodes:
         root_secret(name)
     words = [f"{name}={address}:{FIRST_PORT + index}" for index, (name, address) in enumerate(nodes)]

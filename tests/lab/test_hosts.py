@@ -22,7 +22,7 @@ SUBNET = "10.66.99.0/24"
 def own_lab(tmp_path_factory, monkeypatch):
     """A lab folder and subnet of this test, with the image of the real cache. It is down before and after."""
     machine.check()
-    ready = image.ensure().parent
+    ready = image.ensure().parent.parent
     folder = tmp_path_factory.mktemp("lab")
     monkeypatch.setenv("GPULAB_CACHE", str(folder))
     monkeypatch.setenv("GPULAB_SUBNET", SUBNET)

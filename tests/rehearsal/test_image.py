@@ -37,10 +37,15 @@ def apt(tmp_path):
 
 def test_deb822_sources_are_taken_with_the_suite_renamed(apt):
     (apt / "sources.list.d/debian.sources").write_text(DEB822)
-    assert sources(apt, "bookworm") == [
+    assert sources("trixie", apt, "bookworm") == [
         Source("http://mirror.example/debian", ("trixie", "trixie-updates")),
         Source("http://mirror.example/debian-security", ("trixie-security",)),
     ]
+
+
+def test_image_of_this_machines_own_release_has_its_sources(apt):
+    (apt / "sources.list.d/debian.sources").write_text(DEB822)
+    assert sources("bookworm", apt, "bookworm")[0].suites == ("bookworm", "bookworm-updates")
 
 
 def test_one_line_sources_are_taken(apt):
@@ -50,7 +55,7 @@ def test_one_line_sources_are_taken(apt):
         " http://mirror.example/debian bookworm main\n"
         "deb-src http://mirror.example/debian bookworm main\n"
     )
-    assert sources(apt, "bookworm") == [Source("http://mirror.example/debian", ("trixie",))]
+    assert sources("trixie", apt, "bookworm") == [Source("http://mirror.example/debian", ("trixie",))]
 
 
 def test_third_party_sources_are_left_out(apt):
@@ -62,7 +67,7 @@ def test_third_party_sources_are_left_out(apt):
         "Types: deb\nURIs: https://node.example\nSuites: nodistro\nComponents: main\nSigned-By: /x.gpg\n"
     )
     (apt / "sources.list.d/old.list.save").write_text("deb http://saved.example/debian bookworm main\n")
-    assert {source.uri for source in sources(apt, "bookworm")} == {
+    assert {source.uri for source in sources("trixie", apt, "bookworm")} == {
         "http://mirror.example/debian",
         "http://mirror.example/debian-security",
     }
@@ -70,12 +75,12 @@ def test_third_party_sources_are_left_out(apt):
 
 def test_machine_of_the_same_release_keeps_its_suites(apt):
     (apt / "sources.list").write_text("deb http://mirror.example/debian trixie main contrib\n")
-    assert sources(apt, "trixie") == [Source("http://mirror.example/debian", ("trixie",))]
+    assert sources("trixie", apt, "trixie") == [Source("http://mirror.example/debian", ("trixie",))]
 
 
 def test_no_source_is_an_error_that_names_where_it_looked(apt):
     with pytest.raises(GpulabError) as caught:
-        sources(apt, "bookworm")
+        sources("trixie", apt, "bookworm")
     assert str(caught.value) == (
         "No apt source of Debian bookworm on this machine\n"
         f"Looked in {apt}/sources.list and {apt}/sources.list.d.\n"

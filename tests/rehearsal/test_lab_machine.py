@@ -29,6 +29,16 @@ def cache(tmp_path, monkeypatch):
     processes.end_members(None, timeout=0)
 
 
+def test_limit_of_inotify_is_raised_and_never_lowered(tmp_path):
+    limit = tmp_path / "max_user_instances"
+    said = []
+    for before, after in ((128, 1024), (8192, 8192)):
+        limit.write_text(f"{before}\n")
+        machine.raise_limits(said.append, limit)
+        assert int(limit.read_text()) == after
+    assert said == ["raising fs.inotify.max_user_instances from 128 to 1024"]
+
+
 def test_two_subnets_have_two_bridges(monkeypatch):
     assert network.current().bridge == "gpulab66-0"
     monkeypatch.setenv("GPULAB_SUBNET", "10.67.1.0/24")
@@ -131,7 +141,7 @@ def spec(**changes) -> HostSpec:
         "name": "gpu01",
         "address": "10.66.0.101",
         "gateway": "10.66.0.1",
-        "lower": paths.image() / "root",
+        "lower": paths.image("trixie") / "root",
         "upper": paths.lab() / "disks" / "101",
     }
     return HostSpec(**(values | changes))

@@ -68,18 +68,27 @@ def test_a_node_that_is_down_has_no_devices() -> None:
 
 
 def test_stand_in_image_says_its_size_and_that_it_is_one(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image, "key", lambda: {"suite": "trixie"})
-    path = images.write()
+    monkeypatch.setattr(image, "key", lambda suite: {"suite": suite})
+    path = images.write("debian13")
     assert b"simulated: " in path.read_bytes()
-    described = images.description("10.66.0.1")
+    described = images.description("10.66.0.1", "debian13")
     assert described["checksum"].startswith("sha512:")
-    assert described["url"] == f"http://10.66.0.1:18005/{images.FILENAME}"
+    assert described["url"] == "http://10.66.0.1:18005/debian-13-lab.qcow2"
+    assert images.write("debian12").read_bytes() != path.read_bytes()
     store = Store("pve1")
     storage = StorageApi(store, Tasks(store), MemoryPower(), path.parent.parent)
     volume = Volume(
         storage=path.parent.name, name=path.name, content="import", format="qcow2", size=path.stat().st_size, ctime=0
     )
     assert storage.image_size(volume) == images.VIRTUAL_SIZE
+
+
+def test_a_guest_boots_from_the_image_that_its_disk_was_imported_from() -> None:
+    """Also after a rebuild or a restore: the volume keeps its origin."""
+    assert images.root_of("local:import/debian-12-lab.qcow2") == image.root("bookworm")
+    assert images.root_of("local:import/debian-13-lab.qcow2") == image.root("trixie")
+    with pytest.raises(TaskError, match=r"not noble\.img \(simulated\)"):
+        images.root_of("local:import/noble.img")
 
 
 def test_a_vm_runs_only_while_its_own_disk_does(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

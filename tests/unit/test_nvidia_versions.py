@@ -25,8 +25,9 @@ from operations.nvidia.driver import (
     unfit,
     unloadable,
 )
-from operations.nvidia.repository import SOURCES, Source, pin, sources, stale_keys
+from operations.nvidia.repository import SOURCES, pin, sources
 from operations.nvidia.toolkit import outdated
+from operations.repositories import Source, stale_keys
 
 PACKAGES = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
 HOSTS = Path(__file__).parent.parent / "hosts"
