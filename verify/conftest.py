@@ -21,7 +21,7 @@ from verify.readers import SUBJECTS, Readers, machine
 from verify.report import Run, revision, write
 from verify.report.summary import lines
 from verify.selection import hosts_for, limited
-from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status
+from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, not_run
 
 #: Folders in the order in which a reader wants them: from the metal up.
 ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
@@ -295,6 +295,13 @@ def seen(request: pytest.FixtureRequest) -> Callable[[str], None]:
         request.node.stash[SEEN] = text
 
     return say
+
+
+@pytest.fixture
+def guest_sees_gpu(nvidia: Observation) -> None:
+    """What the guest itself does not see, its containers can't: one check says so, nvidia.gpu.visible."""
+    if not nvidia["nvml"]["gpus"]:
+        not_run("the guest itself sees no GPU")
 
 
 @pytest.fixture

@@ -31,11 +31,12 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def read(card: Card, program: Path, load: bool) -> dict[str, Any]:
+def read(card: Card, program: Path, load: bool, mps: bool = False) -> dict[str, Any]:
     """What the program reads through NVML, in a process of its own."""
     code = (
         f"import json, sys; sys.path.insert(0, {str(program.parent)!r}); import gpulab_health as health\n"
-        f"health.LIBRARY = {str(program.parent)!r}; print(json.dumps(health.nvml_state({load})))"
+        f"health.LIBRARY, health.MPS_UNIT = {str(program.parent)!r}, {'/' if mps else '/absent'!r}\n"
+        f"print(json.dumps(health.nvml_state({load})))"
     )
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, env=card.environment, capture_output=True, text=True, check=False, timeout=60)
@@ -108,3 +109,28 @@ def test_link_is_judged_under_the_load_of_others(
         assert findings(card, program, load=True) == [*expected, "persistence"]
     finally:
         client.communicate("")
+
+
+@pytest.mark.parametrize(
+    ("mps", "faults", "by"),
+    [(True, {}, "gpulab-health"), (False, {}, "others"), (True, {"utilization_percent": 30}, "others")],
+)
+def test_idle_users_of_mps_leave_room_for_a_load(
+    card: Card, program: Path, mps: bool, faults: dict[str, int], by: str
+) -> None:
+    card.faults(**faults)
+    client = card.client(100)
+    try:
+        assert client.stdout is not None and client.stdout.readline().split() == ["0", "0", "0"]
+        load = read(card, program, load=True, mps=mps)["gpus"][0]["load"]
+        assert (load["by"], load["error"], load["generation"]) == (by, "", 4)
+    finally:
+        client.communicate("")
+
+
+def test_load_of_its_own(card: Card, program: Path) -> None:
+    load = read(card, program, load=True)["gpus"][0]["load"]
+
+    assert (load["by"], load["error"], load["generation"], load["samples"] > 3) == ("gpulab-health", "", 4, True)
+    card.environment["CUDA_VISIBLE_DEVICES"] = ""
+    assert read(card, program, load=True)["gpus"][0]["load"]["error"] == "cuInit: CUDA_ERROR_NO_DEVICE (100)"

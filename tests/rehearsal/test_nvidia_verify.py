@@ -20,14 +20,17 @@ from verify.hosts import whole
 from verify.nvidia import remote
 
 
-def read(card: Card, folder: Path) -> dict[str, Any]:
-    """The first GPU as the script reads it, in a process of its own, sent as verify sends it."""
+def read(card: Card, folder: Path, client: str = "{}") -> dict[str, Any]:
+    """The first GPU as the script reads it, in a process of its own, sent as verify sends it.
+
+    + client: Python for what a client of MPS needs
+    """
     module = importlib.util.find_spec("pynvml")
     assert module is not None and module.origin is not None
     (folder / "sent").mkdir()
     shutil.copy(module.origin, folder / "sent")
     script = whole(Path(remote.__file__)).partition("if __name__")[0]
-    code = f"{script}\nimport json; print(json.dumps(read_nvml({str(folder / 'sent')!r}, {{}})['gpus'][0]))"
+    code = f"{script}\nimport json; print(json.dumps(read_nvml({str(folder / 'sent')!r}, {client})['gpus'][0]))"
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, env=card.environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -60,6 +63,18 @@ def test_users_of_the_card_are_left_alone(card: Card, tmp_path: Path) -> None:
         gpu = read(card, tmp_path)
         assert [user["pid"] for user in gpu["processes"]] == [client.pid]
         assert (len(gpu["work"]["by"]), gpu["work"]["generation"], gpu["work"]["error"]) == (1, 4, "")
+    finally:
+        client.communicate("")
+
+
+@pytest.mark.parametrize(("faults", "by"), [({}, 0), ({"utilization_percent": 30}, 1), ({"memory_used_mib": 15500}, 1)])
+def test_idle_users_of_mps_leave_room_for_a_client(card: Card, tmp_path: Path, faults: dict[str, int], by: int) -> None:
+    card.faults(link_generation=3, **faults)
+    client = card.client(100)
+    try:
+        assert client.stdout is not None and client.stdout.readline().split() == ["0", "0", "0"]
+        work = read(card, tmp_path, "{'env': dict(os.environ)}")["work"]
+        assert (len(work["by"]), work["error"], work["generation"]) == (by, "", 3)
     finally:
         client.communicate("")
 

@@ -44,6 +44,11 @@ NEED_GPU = [
     *("power_limit", "clocks", "ecc", "compute_mode", "accounting", "persistence", "memory_health"),
 ]
 GPU = MPS | {"nvidia.mps.daemon", "nvidia.mps.uid", *(f"nvidia.gpu.{name}" for name in NEED_GPU)}
+#: Checks of containers that have nothing to say on a guest that sees no GPU itself.
+UNSEEN = {
+    *("containers.cdi", "containers.cdi.fresh", "containers.gpu.visible", "containers.gpu.daemon_reload"),
+    *("containers.ollama.running", "containers.ollama.gpu"),
+}
 WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
 OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
@@ -218,8 +223,8 @@ CASES: list[Case] = [
     ("nvidia.repository.signed", "nvidia.sources", {"https://nvidia.github.io/libnvidia-container": []}, set()),
     ("nvidia.cuda", "nvidia.cuda.13~0", "12.9", set()),
     ("nvidia.cuda", "nvidia.cuda.12~9", "", set()),
-    ("nvidia.gpu.visible", "nvidia.nvml", {"error": "GPU is lost", "gpus": []}, GPU),
-    ("nvidia.gpu.visible", "nvidia.nvml.gpus", [], GPU),
+    ("nvidia.gpu.visible", "nvidia.nvml", {"error": "GPU is lost", "gpus": []}, GPU | UNSEEN),
+    ("nvidia.gpu.visible", "nvidia.nvml.gpus", [], GPU | UNSEEN),
     ("nvidia.gpu.visible", "nvidia.on_bus", [], {"nvidia.gpu.xid"}),
     ("nvidia.gpu.memory", "nvidia.nvml.gpus.0.memory_mib", 8188, set()),
     ("nvidia.gpu.client", "nvidia.nvml.gpus.0.work.error", "cuInit: CUDA_ERROR_NO_DEVICE (100)", WORK),
@@ -381,10 +386,14 @@ def test_guest_whose_gpu_is_missing_fails_in_one_line(tmp_path: Path, fallen: st
     for unit in observations["nvidia"]["units"].values():
         unit["active"] = "inactive"
 
-    run = verify(lab_file(tmp_path), "-k", "nvidia", plugin=Doctored(observations))
+    # Docker starts nothing that was given the card, and says so of a container with it.
+    observations["containers"]["cdi"] = []
+    observations["containers"]["service"] |= {"running": False, "status": "exited", "gpus": []}
+
+    run = verify(lab_file(tmp_path), "--limit", "gpu01", plugin=Doctored(observations))
 
     assert run.ids("fail") == {"nvidia.gpu.visible"}
-    assert run.ids("not run") == GPU | {"nvidia.gpu.xid", "nvidia.driver.loaded"}
+    assert run.ids("not run") == GPU | UNSEEN | OLLAMA | {"nvidia.gpu.xid", "nvidia.driver.loaded"}
     message = run.result("nvidia.gpu.visible")["message"]
     assert "\n" not in message and (fallen or "started without it") in message
 

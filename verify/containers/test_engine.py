@@ -44,6 +44,7 @@ def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation)
 
 
 @pytest.mark.critical
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.cdi", fix=DEPLOY)
 def test_engine_knows_the_gpu_as_cdi_device(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     engine = answering(containers)
@@ -57,6 +58,7 @@ def test_engine_knows_the_gpu_as_cdi_device(guest: Guest, containers: Observatio
 
 
 @pytest.mark.major
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.cdi.fresh", fix=DEPLOY)
 def test_specification_fits_the_driver(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     found, loaded = containers["specifications"], containers["loaded"]
@@ -77,6 +79,7 @@ def test_specification_fits_the_driver(guest: Guest, containers: Observation, se
 
 @pytest.mark.major
 @pytest.mark.on("gpu_containers")
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.gpu.daemon_reload", fix=DEPLOY)
 def test_container_keeps_the_gpu_over_a_daemon_reload(
     guest: Guest, containers: Observation, daemon_reload: Observation, seen: Callable[[str], None]
@@ -104,6 +107,7 @@ def test_gpu_containers_can_outlive_the_engine(guest: Guest, containers: Observa
 @pytest.mark.major
 @pytest.mark.disruptive
 @pytest.mark.on("ollama")
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.gpu.engine_restart.real", fix=RESTARTED)
 def test_container_keeps_the_gpu_over_a_restart_of_the_engine(
     guest: Guest, containers: Observation, engine_restart: Observation, seen: Callable[[str], None]

@@ -27,6 +27,7 @@ def ollama(guest: Guest) -> Ollama:
 
 
 @pytest.mark.critical
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.ollama.running", fix=DEPLOY)
 def test_ollama_runs(guest: Guest, containers: Observation) -> None:
     service = existing(containers)
@@ -50,6 +51,7 @@ def test_ollama_is_of_the_declared_image(
 
 
 @pytest.mark.critical
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.gpu.visible", fix=RECREATE)
 def test_gpu_is_visible_in_the_container(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     service = running(containers)
@@ -109,6 +111,7 @@ def test_models_lie_on_the_data_disk(guest: Guest, containers: Observation, seen
 
 
 @pytest.mark.critical
+@pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.ollama.gpu", fix=RECREATE)
 def test_ollama_computes_on_the_gpu(
     guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]

@@ -2,7 +2,8 @@
 """Runs on the guest, as root: prints the driver's and the GPU's state as JSON and changes nothing.
 
 NVML is read through `pynvml.py`, which the control machine puts into `folder` first; the folder is removed here.
-Where nobody uses the card, a second of copies to it and back shows how its link and its clocks are under load.
+Where nobody uses the card, a second of copies to it and back shows how its link and its clocks are under load. With
+MPS, processes that hold the card and do nothing are no hindrance: one more client is what MPS is for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ STRANGER = "nobody"
 ASK_S = 5.0
 #: Seconds until a client that does not get on is ended, and that one of ours works.
 CLIENT_S, WORK_S = 15, 1.0
+#: Free MiB that the card must have for one of ours beside others.
+ROOM_MIB = 1024
 #: Seconds between two looks at the working card.
 LOOK_S = 0.05
 
@@ -434,7 +437,7 @@ def processes(ask: Question) -> list[dict[str, Any]]:
 def at_work(
     nvml: Any, index: int, ask: Question, users: Iterable[dict[str, Any]], client: dict[str, Any]
 ) -> dict[str, Any]:
-    """The card while it works, by a client of ours or, where others use it (MPS' own server is none), by theirs.
+    """The card while it works: by those that use it (MPS' own server is none of them), or else by a client of ours.
 
     `error`: why ours did not work.
     """
@@ -451,7 +454,10 @@ def at_work(
         end = time.monotonic() + WORK_S
         while time.monotonic() < end:
             look(nvml, ask, found)
-        return found
+        memory = ask("nvmlDeviceGetMemoryInfo")
+        if found["use"] or not client or memory is None or memory.free < ROOM_MIB * 2**20:
+            return found
+        found["by"] = []
     environment = {**client.get("env", os.environ), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     argv = ["timeout", str(CLIENT_S), sys.executable, "-I", "-c", CLIENT, str(index), str(WORK_S)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -39,6 +39,8 @@ SERVICE_USER = "gpulab-gpu"
 #: Seconds of load, and what is copied to the card and back meanwhile.
 LOAD_S = 1.0
 LOAD_BYTES = 64 * 2**20
+#: Free memory that the card must have for that beside others.
+ROOM_BYTES = 2**30
 
 #: Numbers of NVML (nvml.h): the errors that have a cause of their own.
 DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, GPU_IS_LOST, MISMATCH = 9, 12, 15, 18
@@ -374,7 +376,8 @@ def processes(ask: Asker) -> list[dict[str, Any]]:
 def under_load(nvml: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """How the link and the clocks are while the card works.
 
-    `by`: who works: `gpulab-health` itself, or the processes that use the card anyway; these are left alone.
+    `by`: who works: `gpulab-health` itself, or the processes that use the card anyway, which are left alone. With MPS,
+    those that hold the card and do nothing are no hindrance: one more client is what it is for.
     """
     others = found["processes"]
     load: dict[str, Any] = {"by": "others" if others else "gpulab-health", "error": ""}
@@ -383,7 +386,9 @@ def under_load(nvml: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         end = time.monotonic() + LOAD_S
         while time.monotonic() < end:
             sampler.sample()
-        return load | sampler.seen
+        if sampler.seen["utilisation"] or not has_room(sampler.ask):
+            return load | sampler.seen
+        load["by"] = "gpulab-health"
     child = start_load(found["index"])
     try:
         assert child.stdout is not None
@@ -400,6 +405,12 @@ def under_load(nvml: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         child.kill()
         child.wait()
     return load | sampler.seen
+
+
+def has_room(ask: Asker) -> bool:
+    """May a client be started beside others that are at rest?"""
+    memory = ask("memory", "nvmlDeviceGetMemoryInfo")
+    return os.path.exists(MPS_UNIT) and memory is not None and memory.free >= ROOM_BYTES
 
 
 class Sampler:
@@ -871,7 +882,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--load",
         action="store_true",
-        help="judge the link under load: a second of copies, or the load of the processes that use the card",
+        help="judge the link under load: that of the processes that use the card, or a second of copies",
     )
     parser.add_argument("--make-load", type=int, metavar="INDEX", help=argparse.SUPPRESS)
     try:
