@@ -122,11 +122,21 @@ with run.of_host() as part:
         )
 
     if guest:
+        if guest.engine.kind == "docker" and (docker := guest.packages.docker_repository):
+            containers.repository(
+                name="Add Docker's repository, key and pin",
+                url=guest.engine.repository,
+                distribution=docker[0],
+                suite=docker[1],
+                key_sha256=guest.engine.key_sha256,
+            )
         containers.engine(
             name="Install the container engine",
+            kind=guest.engine.kind,
             packages=guest.engine_packages,
             data=guest.data_disk.mount,
             registry_ca=guest.registry_certificates(),
+            sharing=guest.nvidia.sharing if guest.gpu else "",
         )
     if guest and guest.gpu:
         nvidia.toolkit(

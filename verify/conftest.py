@@ -44,11 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lab", metavar="FILE", help="the inventory whose promises are checked (required)")
     group.addoption("--limit", metavar="HOST", action="append", default=[], help="only this host or group; repeatable")
     group.addoption("--data", metavar="KEY=VALUE", action="append", default=[], help="as pyinfra's --data; repeatable")
+    group.addoption(
+        "--disruptive", action="store_true", help="also run the checks that interrupt services, such as a restart"
+    )
     group.addoption("--report", metavar="DIR", help="where the report goes (default: reports/<name of the lab>)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(kind): the hosts a check is for: nodes, apis, guests, gpus, ollama, backups")
+    config.addinivalue_line("markers", "on(kind): the hosts a check is for, see verify/selection.py")
+    config.addinivalue_line("markers", "disruptive: interrupts services; only with --disruptive")
     if config.option.help or getattr(config.option, "markers", False):
         return
     file = config.getoption("--lab")
@@ -87,6 +91,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A check of a kind that no chosen host is of would be a skip of pytest's own.
     items[:] = [item for item in items if host_of(item) is not None or "machine_name" not in fixtures_of(item)]
+    if not config.getoption("--disruptive"):
+        left_out = [item for item in items if item.get_closest_marker("disruptive")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
@@ -311,6 +319,8 @@ nvidia = observation("nvidia")
 containers = observation("containers")
 ollama_load = observation("ollama_load")
 ollama_port = observation("ollama_port")
+daemon_reload = observation("daemon_reload")
+engine_restart = observation("engine_restart")
 api = observation("api")
 vm = observation("vm")
 backup = observation("backup")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inventory import Guest, Lab, Node
+from inventory import Guest, Lab, Node, sharing
 from inventory.packages import TOOLKIT
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
@@ -26,12 +26,16 @@ SUBJECTS = (
     "containers",
     "ollama_load",
     "ollama_port",
+    "daemon_reload",
+    "engine_restart",
     "api",
     "vm",
     "backup",
 )
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
+#: Seconds for a container to be started, disturbed and removed.
+DISTURB_S = 300.0
 #: Seconds for a model to come from the disk into the GPU's memory.
 LOAD_S = 300.0
 
@@ -52,6 +56,8 @@ class Readers:
             "containers": self._containers,
             "ollama_load": self._ollama_load,
             "ollama_port": self._ollama_port,
+            "daemon_reload": lambda guest: self._disturb(guest, "daemon-reload"),
+            "engine_restart": lambda guest: self._disturb(guest, "engine-restart"),
             "api": lambda node: self._api(node).read_node(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
             "backup": self._backup,
@@ -130,6 +136,7 @@ class Readers:
     def _containers(self, guest: Guest) -> dict[str, Any]:
         ollama = guest.services.ollama
         arguments = {
+            "engine": guest.engine.kind,
             "mount": guest.data_disk.mount,
             "container": "ollama" if ollama else None,
             "port": ollama.port if ollama else None,
@@ -151,6 +158,16 @@ class Readers:
                 return {"open": True}
         except OSError:
             return {"open": False}
+
+    def _disturb(self, guest: Guest, disturbance: str) -> dict[str, Any]:
+        """A GPU container of verify's own, as the user that the sharing mode asks for."""
+        arguments = {
+            "engine": guest.engine.kind,
+            "disturbance": disturbance,
+            "image_of": "ollama",
+            "user": sharing.client(guest).user,
+        }
+        return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
 
 
 def machine(lab: Lab, host: str) -> Node | Guest:

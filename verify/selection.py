@@ -31,7 +31,8 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
     """The hosts among `chosen` that checks of a kind are for.
 
     `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `ollama` those that run it,
-    `backups` those with declared backups.
+    `backups` those with declared backups, `docker` those with a GPU and Docker, `gpu_containers` those on which verify
+    can start a container with the GPU: with Ollama's image, or with Podman, which needs none.
     """
     guests = [guest for guest in lab.guests.values() if guest.name in chosen]
     match kind:
@@ -47,4 +48,9 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests if guest.backup is not None]
         case "ollama":
             return [guest.name for guest in guests if guest.services.ollama is not None]
+        case "docker":
+            return [guest.name for guest in guests if guest.gpu is not None and guest.engine.kind == "docker"]
+        case "gpu_containers":
+            fit = [guest for guest in guests if guest.services.ollama is not None or guest.engine.kind == "podman"]
+            return [guest.name for guest in fit if guest.gpu is not None]
     raise ValueError(f"no kind of host is called {kind!r}")

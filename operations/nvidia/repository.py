@@ -3,57 +3,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from pyinfra.api import QuoteString, StringCommand
-
-from operations import apt, files, step
-from operations.files import File, Files, content_of, render
+from operations import repositories, step
+from operations.files import File, render
+from operations.repositories import Source
 
 SOURCES = "/etc/apt/sources.list.d/gpulab-nvidia.sources"
 KEY = "/usr/share/keyrings/gpulab-nvidia.gpg"
 TOOLKIT_SOURCES = "/etc/apt/sources.list.d/gpulab-nvidia-toolkit.sources"
-#: apt tells an armoured key by this ending; as downloaded, it can be compared with its digest at any time.
+#: Armoured, as downloaded: it can be compared with its digest at any time.
 TOOLKIT_KEY = "/usr/share/keyrings/gpulab-nvidia-toolkit.asc"
 PIN = "/etc/apt/preferences.d/gpulab-nvidia"
-
-# An altered or broken key never comes near its place.
-_DOWNLOAD = """
-set -e
-new="$2.gpulab-new"
-trap 'rm -f "$new"' EXIT
-mkdir -p "$(dirname "$2")"
-curl -fsSL --retry 3 --connect-timeout 20 --max-time 120 -o "$new" "$1"
-if [ -n "$3" ] && ! echo "$3  $new" | sha256sum --check --status; then
-    echo "$1: expected SHA-256 $3, got $(sha256sum < "$new" | cut -d' ' -f1)" >&2
-    exit 1
-fi
-chmod 0644 "$new"
-mv "$new" "$2"
-"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One flat repository. `sha256` of the key file as it is downloaded; None: trust the HTTPS download."""
-
-    uri: str
-    key_url: str
-    sha256: str | None
-    sources: str
-    key: str
-
-    @property
-    def lists(self) -> str:
-        """The file in which apt keeps the repository's signed index: there after the first successful update."""
-        # apt's URItoFileName(): these characters are quoted, slashes become underscores.
-        address = self.uri.replace("$(ARCH)", "amd64").partition("://")[2]
-        quoted = "".join(f"%{ord(char):02x}" if char in '\\|{}[]<>"^~_=!@#$%^&*' else char for char in address)
-        return f"/var/lib/apt/lists/{quoted.replace('/', '_')}InRelease"
 
 
 def sources(
@@ -71,22 +32,6 @@ def pin(branch: str, version: str | None, toolkit: Sequence[str], toolkit_versio
     """The preferences file: the driver's branch, or its exact version, and the toolkit's exact version."""
     driver = f"{version}-*" if version else f"{branch}.*"
     return render("nvidia/gpulab-nvidia.pref.j2", driver=driver, toolkit=toolkit, toolkit_version=toolkit_version)
-
-
-def stale_keys(found: Mapping[str, Any], wanted: Sequence[Source], changing: Mapping[str, File | None]) -> list[Source]:
-    """The sources whose key has to be downloaded: it is missing, is not the pinned one, or came from elsewhere."""
-    return [
-        source
-        for source in wanted
-        if found.get(source.key) is None
-        or (source.sha256 is not None and digest(found[source.key]) != source.sha256)
-        or (source.sha256 is None and source.sources in changing and content_of(found, source.sources) is not None)
-    ]
-
-
-def digest(entry: Mapping[str, Any]) -> str:
-    """SHA-256 of a file of a `Files` fact."""
-    return hashlib.sha256(base64.b64decode(entry["content"])).hexdigest()
 
 
 @step.step
@@ -120,24 +65,4 @@ def repository(
         for source in both
     }
     wanted[PIN] = File(pin(branch, version, toolkit, toolkit_version))
-    paths = sorted([*wanted, *(source.key for source in both), *(source.lists for source in both)])
-    found = step.read(Files, paths=paths)
-    changing = files.differing(found, wanted)
-    keys = stale_keys(found, both, changing)
-    unread = [source for source in both if found.get(source.lists) is None]
-    if not (changing or keys or unread):
-        step.noop("apt knows both repositories, their keys and the pin")
-        return
-    for source in keys:
-        # The digest, where there is one, is the root of trust; a mirror without TLS cannot do without.
-        how = f"SHA-256 {source.sha256[:16]}…" if source.sha256 else "trusted by its HTTPS download"
-        step.changes(f"key {source.key}", (f"from {source.key_url}", how))
-    files.record(found, changing)
-    if unread and not (changing or keys):
-        step.changes("read the package lists", tuple(source.uri for source in unread))
-    for source in keys:
-        words = [QuoteString(word) for word in (source.key_url, source.key, source.sha256 or "")]
-        yield StringCommand("sh", "-c", QuoteString(_DOWNLOAD.strip()), "key", *words)
-    if changing:
-        yield files.write(changing)
-    yield apt.update()
+    yield from repositories.known(both, wanted, noop="apt knows both repositories, their keys and the pin")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyinfra.api import StringCommand
@@ -17,6 +17,8 @@ from operations.plan import file_diff
 
 #: Where NVIDIA's own unit writes it, too. It does not outlive a boot.
 SPECIFICATION = "/var/run/cdi/nvidia.yaml"
+#: /var/run is /run.
+SAME_FILE = (SPECIFICATION, SPECIFICATION.removeprefix("/var"))
 
 #: Brings up what containers need of the GPU, before the engine starts at boot.
 UNIT = "gpulab-gpu.service"
@@ -31,9 +33,11 @@ class Actions:
     unit_file: bool = False
     enable: bool = False
     generate: str = ""
+    #: Files of others to take away, each with the reason. Their last version is kept.
+    remove: Mapping[str, str] = field(default_factory=dict)
 
     def any(self) -> bool:
-        return bool(self.install) or self.unit_file or self.enable or bool(self.generate)
+        return bool(self.install or self.unit_file or self.enable or self.generate or self.remove)
 
 
 def unit_file() -> str:
@@ -53,7 +57,18 @@ def outdated(found: Mapping[str, Any]) -> str:
 
 
 def decide(found: Mapping[str, Any], packages: Sequence[str], version: str) -> Actions:
-    """What has to happen for the toolkit to be as declared."""
+    """What has to happen for the toolkit to be as declared.
+
+    Raises:
+        GpulabError: NVIDIA's own unit is told to write a specification somewhere else, at each boot anew.
+    """
+    refresh = found.get("refresh")
+    if refresh and refresh["output"] not in SAME_FILE:
+        raise GpulabError(
+            f"nvidia-cdi-refresh.service is told to write {refresh['output']}, a second description of the GPU",
+            f"Expected one, in {SPECIFICATION}: of two, the one that is out of date may win.",
+            f"take NVIDIA_CTK_CDI_OUTPUT_FILE_PATH out of {refresh['file']} in the guest",
+        )
     installed = found.get("packages", {})
     wrong = [name for name in packages if installed.get(name) != version]
     return Actions(
@@ -62,13 +77,26 @@ def decide(found: Mapping[str, Any], packages: Sequence[str], version: str) -> A
         enable=found.get("unit", {}).get("enabled") != "enabled",
         # A new toolkit may write its specification otherwise.
         generate=outdated(found) or ("the toolkit changes" if wrong else ""),
+        remove=surplus(found),
     )
+
+
+def surplus(found: Mapping[str, Any]) -> dict[str, str]:
+    """What describes the GPU to engines besides our specification, with the reason why it has to go."""
+    # A boot empties the folder of ours, and until it is written anew, what another file says would be taken.
+    gone = dict.fromkeys(found.get("seconds", ()), f"it describes the same devices as {SPECIFICATION}")
+    if hook := found.get("hook"):
+        gone[hook] = "it injects the GPU by a hook, which a daemon-reload of systemd undoes"
+    return gone
 
 
 @step.step
 def toolkit(packages: Sequence[str], version: str) -> step.Commands:
     """
     Ensure that the container toolkit is installed and that the CDI specification fits the driver, now and at boot.
+
+    It is the only one of the GPU: another that describes the same devices is taken away, and so is the hook of old
+    toolkits. Links in /dev/char are not made: systemd 240 and newer does not ask for them.
 
     + packages: the toolkit's packages, all of one version
     + version: their exact package version
@@ -86,12 +114,16 @@ def toolkit(packages: Sequence[str], version: str) -> step.Commands:
         step.changes(f"file {UNIT_FILE}", file_diff(found.get("unit_file"), unit_file()))
     if actions.enable:
         step.changes(f"enable {UNIT}")
+    for path, reason in actions.remove.items():
+        step.changes(f"remove file {path}", (reason,))
     if actions.generate:
         step.changes(f"write {SPECIFICATION}", (actions.generate,))
     if actions.install:
         yield apt.install(actions.install, repin=True)
+    changing = dict.fromkeys(actions.remove) | ({UNIT_FILE: File(unit_file())} if actions.unit_file else {})
+    if changing:
+        yield files.write(changing)
     if actions.unit_file:
-        yield files.write({UNIT_FILE: File(unit_file())})
         yield StringCommand("systemctl", "daemon-reload")
     if actions.enable:
         yield StringCommand("systemctl", "enable", UNIT)

@@ -33,8 +33,8 @@ _LINKS_FILE = "/etc/tmpfiles.d/lab-disk-links.conf"
 _AGENT = "/usr/sbin/qemu-ga"
 # The folder of the `local` storage on the node.
 _LOCAL = "/var/lib/vz"
-# Folders that cannot lie on an overlay because Docker makes overlays of its own there.
-_REAL_FOLDERS = ("docker", "containerd")
+# Folders that cannot lie on an overlay because Docker and Podman make overlays of their own there.
+_REAL_FOLDERS = ("docker", "containerd", "containers")
 _NAMESPACE = uuid.UUID("6c2f6f6e-7a52-4a49-9c0c-3a0f7f1f6d53")
 _POLL_S = 0.1
 # A tree with all that an overlay's upper folder needs: owners, white-outs, the overlay's own attributes.

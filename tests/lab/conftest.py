@@ -66,9 +66,9 @@ class Deployed:
     def plan(self, *words: str) -> Outcome:
         return self.pyinfra("deploy.py", "--dry", *words)
 
-    def verify(self, *words: str) -> tuple[Outcome, set[str]]:
+    def verify(self, *words: str, lab: Path | str = INVENTORY) -> tuple[Outcome, set[str]]:
         """The outcome, and `id[host]` of each check that failed."""
-        done = run([program("pytest"), "verify", "--lab", INVENTORY, "--report", str(self.reports), *words])
+        done = run([program("pytest"), "verify", "--lab", str(lab), "--report", str(self.reports), *words])
         result = json.loads((self.reports / "verify.json").read_text())
         return done, {f"{item['id']}[{item['host']}]" for item in result["results"] if item["verdict"] == "fail"}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inventory import GpulabError
 from inventory.sharing import Client
 from operations.containers.container import decide
-from operations.containers.engine import SETTINGS, daemon_settings, mount_unit
+from operations.containers.engine import mount_unit
 from operations.containers.ollama import full_name, missing_models, ollama_spec
 from operations.containers.spec import ContainerSpec, difference, familiar
 
@@ -149,21 +149,6 @@ def test_missing_models() -> None:
     assert missing_models({"status": 200, "body": {"models": None}}, ["tiny"]) == ["tiny"]
     assert missing_models({"status": 0, "body": "refused"}, ["tiny"]) == ["tiny"]
     assert missing_models(None, []) == []
-
-
-@given(
-    st.dictionaries(
-        st.sampled_from(["data-root", "features", "log-driver", "log-opts", "dns"]),
-        st.one_of(st.text(), st.dictionaries(st.text(), st.booleans())),
-    )
-)
-def test_daemon_settings_keep_foreign_keys_and_settle_at_once(current: dict[str, Any]) -> None:
-    once = daemon_settings(json.dumps(current))
-    assert daemon_settings(once) == once
-    merged = json.loads(once)
-    assert all(merged[key] == value for key, value in current.items() if key not in SETTINGS)
-    assert merged["features"]["cdi"] is True
-    assert merged["log-opts"] == SETTINGS["log-opts"]
 
 
 def test_container_without_a_folder_on_its_disk_is_bound_to_one() -> None:

@@ -13,8 +13,9 @@ from inventory import GpulabError
 from operations import apt
 from operations.files import File
 from operations.nvidia.driver import decide, decide_loading, header_packages, unfit
-from operations.nvidia.repository import SOURCES, Source, pin, sources, stale_keys
+from operations.nvidia.repository import SOURCES, pin, sources
 from operations.nvidia.toolkit import outdated
+from operations.repositories import Source, stale_keys
 
 PACKAGES = ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]
 

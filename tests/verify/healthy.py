@@ -228,14 +228,22 @@ def healthy() -> dict[str, Any]:
             },
         },
         "containers": {
-            "engine": {"active": "active", "version": "26.1.5", "cdi_folders": ["/etc/cdi", "/var/run/cdi"]},
+            "engine": {
+                "active": "active",
+                "version": "26.1.5+dfsg1",
+                "cdi_folders": ["/etc/cdi", "/var/run/cdi"],
+                "live_restore": True,
+            },
             "cdi": CDI,
+            "specifications": {"/var/run/cdi/nvidia.yaml": specification()},
+            "loaded": "580.95.05",
             "data": {
                 "mounted": True,
                 "containers": [
                     {
                         "name": "ollama",
                         "running": True,
+                        "gpu": "cdi",
                         "folders": [{"source": "/srv/data/ollama", "written": True, "on_data_disk": True}],
                     }
                 ],
@@ -260,6 +268,8 @@ def healthy() -> dict[str, Any]:
             },
         },
         "ollama_port": {"open": False},
+        "daemon_reload": disturbed(),
+        "engine_restart": disturbed(),
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
     }
 
@@ -282,6 +292,17 @@ def stored(ctime: float, **keys: Any) -> dict[str, Any]:
     """A backup of VM 101 as the node's script describes it."""
     volid = f"nas:backup/vzdump-qemu-101-{int(ctime)}.vma.zst"
     return {"volid": volid, "ctime": int(ctime), "size": 2**30, "verification": None, **keys}
+
+
+def specification(**keys: Any) -> dict[str, Any]:
+    """A CDI specification of the GPU as the guest's script describes it."""
+    return {"devices": ["0", "all"], "digest": 64 * "c", "versions": ["580.95.05"], "missing": [], **keys}
+
+
+def disturbed(**keys: Any) -> dict[str, Any]:
+    """A GPU container of verify's own that went through a disturbance."""
+    said = {"status": 0, "output": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"}
+    return {"error": "", "before": said, "after": said, "same": True, "simulated": [], **keys}
 
 
 def ps_entry(size_vram: int) -> dict[str, Any]:

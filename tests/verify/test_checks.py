@@ -13,10 +13,12 @@ from tests.verify.healthy import (
     PASSTHROUGH,
     WORDS,
     Doctored,
+    disturbed,
     function,
     healthy,
     lab_file,
     ps_entry,
+    specification,
     stored,
     verify,
 )
@@ -35,10 +37,17 @@ NEED_VM = [
 VM = {f"vm.{name}" for name in NEED_VM}
 GPU = {f"nvidia.gpu.{name}" for name in ["memory", "link", "persistence", "memory_health"]}
 OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
+ENGINE = {
+    "containers.cdi",
+    "containers.engine.version",
+    "containers.gpu.daemon_reload",
+    "containers.gpu.engine_restart",
+}
 SERVICE = OLLAMA | {"containers.ollama.running", "containers.ollama.image", "containers.ollama.storage"}
 
-RUNNING = {"name": "web", "running": True}
+RUNNING = {"name": "web", "running": True, "gpu": None}
 HERE = {"source": "/srv/data/web", "written": True, "on_data_disk": True}
+LOST = {"status": 255, "output": "Failed to initialize NVML: Unknown Error"}
 ELSEWHERE = {"source": "/srv/web", "written": True, "on_data_disk": False}
 
 CASES: list[Case] = [
@@ -196,7 +205,7 @@ CASES: list[Case] = [
         "containers.engine.active",
         "containers.engine",
         {"active": "failed", "version": None},
-        SERVICE | {"containers.cdi", *(f"containers.data_disk.{name}" for name in ["required", "folders", "bound"])},
+        SERVICE | ENGINE | {f"containers.data_disk.{name}" for name in ["required", "folders", "bound"]},
     ),
     (
         "containers.data_disk.required",
@@ -210,6 +219,30 @@ CASES: list[Case] = [
     ("containers.data_disk.bound", "containers.data.bound", ["gpulab-containers.service"], set()),
     ("containers.cdi", "containers.cdi", ["vendor.example/gpu=0"], set()),
     ("containers.cdi", "containers.engine.cdi_folders", [], set()),
+    ("containers.engine.version", "containers.engine.version", "25.0.5", set()),
+    ("containers.engine.version", "containers.engine.version", "26.0.2", set()),
+    ("containers.cdi.fresh", "containers.loaded", "580.105.08", set()),
+    (
+        "containers.cdi.fresh",
+        "containers.specifications",
+        {"/var/run/cdi/nvidia.yaml": specification(missing=["/dev/nvidia0"])},
+        set(),
+    ),
+    (
+        "containers.cdi.fresh",
+        "containers.specifications",
+        {"/etc/cdi/nvidia.yaml": specification(digest=64 * "d"), "/var/run/cdi/nvidia.yaml": specification()},
+        set(),
+    ),
+    ("containers.gpu.daemon_reload", "daemon_reload.after", LOST, set()),
+    ("containers.gpu.daemon_reload", "daemon_reload", disturbed(error="gpu01: no such device", before=None), set()),
+    ("containers.gpu.engine_restart", "containers.engine.live_restore", False, set()),
+    (
+        "containers.gpu.engine_restart",
+        "containers.data.containers",
+        [{**RUNNING, "gpu": "hook", "folders": [HERE]}],
+        set(),
+    ),
     ("containers.ollama.running", "containers.service.running", False, OLLAMA),
     ("containers.ollama.running", "containers.service.health", "unhealthy", set()),
     ("containers.ollama.image", "containers.service.digests", ["ollama/ollama@sha256:" + 64 * "b"], set()),
@@ -527,3 +560,30 @@ def test_check_that_breaks_fails_without_a_traceback(tmp_path: Path, capsys: pyt
     assert run.ids("fail") == {"system.address"}
     assert "the check itself broke: KeyError: 'addresses'" in run.result("system.address")["message"]
     assert "Traceback" not in capsys.readouterr().out
+
+
+def test_disruptive_checks_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    observations = doctored("engine_restart.after", LOST)
+
+    assert verify(lab_file(tmp_path), plugin=Doctored(observations)).status == 0
+    run = verify(lab_file(tmp_path), "--disruptive", plugin=Doctored(observations))
+
+    assert (run.status, run.ids("fail")) == (1, {"containers.gpu.engine_restart.real"})
+    assert "after `systemctl restart docker`: Failed" in run.result("containers.gpu.engine_restart.real")["message"]
+    whole = verify(lab_file(tmp_path), "--disruptive", plugin=Doctored(doctored("engine_restart.same", False)))
+    assert whole.ids("fail") == {"containers.gpu.engine_restart.real"}
+
+
+def test_guest_with_podman_has_its_own_checks(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["containers"]["engine"] |= {"version": "5.4.2", "live_restore": None}
+    guest = {"engine": {"kind": "podman"}, "services": {}}
+
+    run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations))
+
+    assert run.status == 0
+    assert run.ids("pass") >= {"containers.engine.active", "containers.cdi", "containers.gpu.daemon_reload"}
+    assert not [id_ for id_ in run.ids("pass") if id_.startswith("containers.data_disk")]
+    observations["containers"]["engine"]["version"] = "5.0.3"
+    old = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations))
+    assert "Podman 5.0.3, expected 5.1 or newer" in old.result("containers.engine.version")["message"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from verify.containers import disturb as disturbance
 from verify.containers import remote as containers
 from verify.hypervisor import remote as hypervisor
 from verify.nvidia import remote as nvidia
@@ -612,15 +613,40 @@ kind: nvidia.com/gpu
 """
 
 
-def test_devices_of_cdi_specifications(tmp_path: Path) -> None:
+def test_specifications_are_read(tmp_path: Path) -> None:
     put(tmp_path, "run/nvidia.yaml", SPEC)
     put(tmp_path, "etc/other.json", '{"cdiVersion":"0.5.0","kind":"vendor.example/net","devices":[{"name":"eth"}]}')
+    put(tmp_path, "etc/README", "kind: nvidia.com/gpu")
 
-    assert containers.cdi_devices([tmp_path / "etc", tmp_path / "run", tmp_path / "absent"]) == [
-        "nvidia.com/gpu=0",
-        "nvidia.com/gpu=all",
-        "vendor.example/net=eth",
-    ]
+    found = containers.specifications([tmp_path / "etc", tmp_path / "run", tmp_path / "absent"])
+
+    assert {each["kind"]: each["devices"] for each in found.values()} == {
+        "nvidia.com/gpu": ["0", "all"],
+        "vendor.example/net": ["eth"],
+    }
+
+
+def test_specification_names_its_driver_and_what_is_missing(tmp_path: Path) -> None:
+    put(tmp_path, "usr/bin/nvidia-ctk", "")
+    library = "  mounts:\n  - hostPath: /usr/lib/libcuda.so.580.95.05\n"
+
+    found = containers.described(tmp_path, {"devices": ["all"], "text": SPEC.replace("  hooks:", f"{library}  hooks:")})
+
+    assert found["versions"] == ["580.95.05"]
+    assert found["missing"] == ["/dev/nvidia0", "/usr/lib/libcuda.so.580.95.05"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"Runtime": "runc", "DeviceRequests": [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}]}, "cdi"),
+        ({"Runtime": "runc", "DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}, "hook"),
+        ({"Runtime": "nvidia", "DeviceRequests": None}, "hook"),
+        ({"Runtime": "runc", "DeviceRequests": None}, None),
+    ],
+)
+def test_way_of_the_gpu_into_a_container(settings: dict[str, Any], way: str | None) -> None:
+    assert containers.way_of_the_gpu(settings) == way
 
 
 def test_listening_addresses(tmp_path: Path) -> None:
@@ -677,9 +703,10 @@ END
 "ps --all --quiet --no-trunc --filter label=org.gpulab.service") echo "1 2";;
 "inspect --type container 1 2") cat <<'END'
 [{"Name": "/ollama", "State": {"Running": true},
+  "HostConfig": {"DeviceRequests": [{"Driver": "cdi"}]},
   "Mounts": [{"Type": "bind", "Source": "DATA/ollama", "RW": true}, {"Type": "tmpfs", "Source": "", "RW": true},
              {"Type": "bind", "Source": "/etc/os-release", "RW": false}, {"Type": "bind", "Source": "DATA/gone"}]},
- {"Name": "/web.new", "State": {"Running": false}, "Mounts": []}]
+ {"Name": "/web.new", "State": {"Running": false}, "HostConfig": {}, "Mounts": []}]
 END
 ;;
 *) echo "Error: No such object" >&2; echo "[]"; exit 1;;
@@ -694,7 +721,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_service_is_read(tmp_path: Path, docker: None) -> None:
-    found = containers.observe({"container": "ollama", "port": 9, "mount": "/srv"}, tmp_path)
+    found = containers.observe({"engine": "docker", "container": "ollama", "port": 9, "mount": "/srv"}, tmp_path)
 
     assert found["engine"]["version"] == "26.1.5"
     service = found["service"]
@@ -706,7 +733,7 @@ def test_service_is_read(tmp_path: Path, docker: None) -> None:
 
 
 def test_absent_service_is_seen_as_absent(tmp_path: Path, docker: None) -> None:
-    found = containers.observe({"container": "milvus", "port": 9, "mount": "/srv"}, tmp_path)
+    found = containers.observe({"engine": "docker", "container": "milvus", "port": 9, "mount": "/srv"}, tmp_path)
 
     assert found["service"] == {"exists": False, "running": False, "listens": []}
 
@@ -723,12 +750,105 @@ def test_containers_of_ours_are_read_with_the_folders_they_see(
     ollama, web = containers.ours(str(data))
 
     assert (ollama["name"], ollama["running"], web["name"], web["running"]) == ("ollama", True, "web.new", False)
+    assert (ollama["gpu"], web["gpu"]) == ("cdi", None)
     seen = [(folder["source"].rpartition("/")[2], folder["written"]) for folder in ollama["folders"]]
     assert seen == [("ollama", True), ("os-release", False), ("gone", True)]
     # The test's folder and /etc may share a file system; one that is not there lies nowhere.
     assert [folder["on_data_disk"] for folder in ollama["folders"]][::2] == [True, False]
     monkeypatch.setattr("os.path.ismount", lambda path: False)
     assert not any(folder["on_data_disk"] for folder in containers.ours(str(data))[0]["folders"])
+
+
+def test_podman_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "bin/podman", '#!/bin/sh\necho \'{"version": {"Version": "5.4.2"}}\'\n').chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    arguments = {"engine": "podman", "container": None, "port": None, "mount": "/srv"}
+
+    assert containers.observe(arguments, tmp_path)["engine"]["active"] == "without Quadlet"
+    put(tmp_path, "usr/lib/systemd/system-generators/podman-system-generator", "")
+    put(tmp_path, "var/run/cdi/nvidia.yaml", SPEC)
+    found = containers.observe(arguments, tmp_path)
+
+    assert (found["engine"]["active"], found["engine"]["version"]) == ("active", "5.4.2")
+    assert found["cdi"] == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+
+
+#: An engine whose container loses its GPU with a daemon-reload, or whose containers do not outlive a restart.
+ENGINE = """\
+#!/bin/sh
+echo "${0##*/} $*" >> "$FOLDER/calls"
+case "$*" in
+"inspect --type=container --format={{.Image}} gone") exit 1;;
+"inspect --type=container"*) echo sha256:1;;
+"run "*) touch "$FOLDER/runs"; test -z "$REFUSED" || { echo "unresolvable CDI devices"; exit 125; };;
+"exec "*) test -e "$FOLDER/lost" && echo "Unknown Error" && exit 255; echo "GPU 0: simulated";;
+"ps --quiet --no-trunc") echo 1;;
+"inspect --format="*) echo "/ollama $(cat "$FOLDER/pid" 2>/dev/null || echo 7) now";;
+"ps --all --quiet --filter label=org.gpulab.verify") if test -e "$FOLDER/runs"; then echo 2; fi;;
+"rm --force 2") rm "$FOLDER/runs";;
+esac
+"""
+SYSTEMCTL = """\
+#!/bin/sh
+case "$1" in daemon-reload) test -z "$LOSES" || touch "$FOLDER/lost";; restart) echo 9 > "$FOLDER/pid";; esac
+"""
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in (("docker", ENGINE), ("podman", ENGINE), ("systemctl", SYSTEMCTL)):
+        put(tmp_path, f"bin/{name}", text).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    return tmp_path
+
+
+def disturb(**keys: str) -> dict[str, Any]:
+    arguments = {"engine": "docker", "disturbance": "daemon-reload", "image_of": "ollama", "user": "850:850"}
+    return disturbance.observe(arguments | keys)
+
+
+def test_container_is_started_disturbed_and_removed(engines: Path) -> None:
+    found = disturb()
+
+    assert (found["error"], found["same"], found["simulated"]) == ("", True, ["nvidia-smi"])
+    assert found["before"] == found["after"] == {"status": 0, "output": "GPU 0: simulated"}
+    calls = (engines / "calls").read_text()
+    assert "--device=nvidia.com/gpu=all" in calls and "--user=850:850" in calls
+    assert not (engines / "runs").exists()
+
+
+def test_container_that_loses_its_gpu_is_seen(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSES", "1")
+
+    found = disturb(user="")
+
+    assert found["after"] == {"status": 255, "output": "Unknown Error"}
+    assert "--user" not in (engines / "calls").read_text()
+
+
+def test_containers_that_are_restarted_with_the_engine_are_seen(engines: Path) -> None:
+    assert disturb(disturbance="engine-restart")["same"] is False
+
+
+@pytest.mark.parametrize(
+    ("image_of", "refused", "said"),
+    [("gone", "", "there is no container gone, whose image would be used"), ("a", "1", "unresolvable CDI devices")],
+)
+def test_container_that_cannot_be_started(
+    engines: Path, monkeypatch: pytest.MonkeyPatch, image_of: str, refused: str, said: str
+) -> None:
+    monkeypatch.setenv("REFUSED", refused)
+
+    assert disturb(image_of=image_of)["error"] == said
+    assert not (engines / "runs").exists()
+
+
+def test_podman_starts_the_guests_own_system(engines: Path) -> None:
+    disturb(engine="podman")
+
+    assert "--rootfs /:O sleep 300" in (engines / "calls").read_text()
+    assert "docker" not in (engines / "calls").read_text()
 
 
 # Backups.

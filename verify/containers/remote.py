@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,25 +18,29 @@ from typing import Any
 STAND_IN = "org.gpulab.stand-in"
 #: The label of a container of ours: the name of its service.
 SERVICE = "org.gpulab.service"
+#: The kind of the GPU's devices in CDI specifications.
+KIND = "nvidia.com/gpu"
+#: Where Podman looks for them, as its own default and as deploy's settings say.
+PODMAN_FOLDERS = ["/etc/cdi", "/var/run/cdi"]
 #: The state LISTEN in /proc/net/tcp.
 LISTEN = "0A"
 
 
 def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]:
-    """`arguments`: `mount` of the data disk; `container` and `port` of the service, both None without one."""
-    information = as_json(output(["docker", "info", "--format", "{{json .}}"])) or {}
+    """`arguments`: `engine` (docker or podman), `mount` of the data disk; `container` and `port` of the service, both
+    None without one.
+    """
+    engine = podman(root) if arguments["engine"] == "podman" else docker()
     name = arguments["container"]
     service = container(root, name, arguments["port"], arguments["mount"]) if name else None
-    devices = cdi_devices([root / folder.lstrip("/") for folder in information.get("CDISpecDirs") or []])
+    files = specifications([root / folder.lstrip("/") for folder in engine["cdi_folders"]])
     in_container = (service or {}).get("nvidia_smi", "")
     says = {"nvidia-smi": in_container, f"the image of {name}": (service or {}).get("stand_in") or ""}
     return {
-        "engine": {
-            "active": output(["systemctl", "is-active", "docker.service"]).strip(),
-            "version": information.get("ServerVersion"),
-            "cdi_folders": information.get("CDISpecDirs") or [],
-        },
-        "cdi": devices,
+        "engine": engine,
+        "cdi": sorted({f"{text['kind']}={device}" for text in files.values() for device in text["devices"]}),
+        "specifications": {path: described(root, text) for path, text in files.items() if text["kind"] == KIND},
+        "loaded": (read(root / "sys/module/nvidia/version") or "").strip() or None,
         "service": service,
         "data": {
             "mounted": os.path.ismount(arguments["mount"]),
@@ -46,12 +51,35 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
     }
 
 
-def cdi_devices(folders: list[Path]) -> list[str]:
-    """Qualified names of the devices in CDI specifications, `nvidia.com/gpu=0`.
+def docker() -> dict[str, Any]:
+    """Docker, as its unit and its daemon say. `version` is None when it does not answer."""
+    information = as_json(output(["docker", "info", "--format", "{{json .}}"])) or {}
+    return {
+        "active": output(["systemctl", "is-active", "docker.service"]).strip(),
+        "version": information.get("ServerVersion"),
+        "cdi_folders": information.get("CDISpecDirs") or [],
+        "live_restore": information.get("LiveRestoreEnabled"),
+    }
+
+
+def podman(root: Path) -> dict[str, Any]:
+    """Podman, which has no daemon: it is active when it answers and Quadlet can make units."""
+    information = as_json(output(["podman", "info", "--format", "json"])) or {}
+    generator = root / "usr/lib/systemd/system-generators/podman-system-generator"
+    return {
+        "active": "active" if generator.exists() else "without Quadlet",
+        "version": (information.get("version") or {}).get("Version"),
+        "cdi_folders": PODMAN_FOLDERS,
+        "live_restore": None,
+    }
+
+
+def specifications(folders: list[Path]) -> dict[str, dict[str, Any]]:
+    """CDI specifications by path: `kind`, names of their `devices`, and the `text`.
 
     nvidia-ctk writes YAML, which the standard library cannot read: kind and device names are found by their lines.
     """
-    found = set()
+    found = {}
     for folder in folders:
         for path in sorted(folder.glob("*")) if folder.is_dir() else []:
             if path.suffix not in (".yaml", ".yml", ".json"):
@@ -59,10 +87,22 @@ def cdi_devices(folders: list[Path]) -> list[str]:
             text = path.read_text(errors="replace")
             kind = re.search(r"""["']?kind["']?\s*:\s*["']?([^\s"',]+)""", text)
             # Names of devices, not of hooks or variables: these stand as list items or object members.
-            for device in re.findall(r"""(?:-\s+|["'{,]\s*|^\s+)["']?name["']?\s*:\s*["']?([^\s"',}]+)""", text, re.M):
-                if kind:
-                    found.add(f"{kind[1]}={device}")
-    return sorted(found)
+            names = re.findall(r"""(?:-\s+|["'{,]\s*|^\s+)["']?name["']?\s*:\s*["']?([^\s"',}]+)""", text, re.M)
+            if kind:
+                found[str(path)] = {"kind": kind[1], "devices": sorted(set(names)), "text": text}
+    return found
+
+
+def described(root: Path, specification: dict[str, Any]) -> dict[str, Any]:
+    """A specification: its `devices`, a `digest` of its text, driver `versions` and `missing` files among its paths."""
+    text = specification["text"]
+    paths = set(re.findall(r"(?:hostPath|path)\"?: *\"?(/[^\"\s,}]+)", text))
+    return {
+        "devices": specification["devices"],
+        "digest": hashlib.sha256(text.encode()).hexdigest(),
+        "versions": sorted(set(re.findall(r"lib(?:cuda|nvidia-ml)\.so\.([0-9]+(?:\.[0-9]+)+)", text))),
+        "missing": sorted(path for path in paths if not (root / path.lstrip("/")).exists()),
+    }
 
 
 def container(root: Path, name: str, port: int, mount: str) -> dict[str, Any]:
@@ -102,6 +142,7 @@ def ours(data: str) -> list[dict[str, Any]]:
         {
             "name": item["Name"].lstrip("/"),
             "running": bool(item["State"]["Running"]),
+            "gpu": way_of_the_gpu(item["HostConfig"]),
             "folders": [
                 {
                     "source": mount["Source"],
@@ -114,6 +155,14 @@ def ours(data: str) -> list[dict[str, Any]]:
         }
         for item in inspected
     ]
+
+
+def way_of_the_gpu(settings: dict[str, Any]) -> str | None:
+    """How a container was given the GPU: `cdi`, by a `hook` (--gpus, the nvidia runtime), or not at all."""
+    drivers = [request.get("Driver") for request in settings.get("DeviceRequests") or []]
+    if settings.get("Runtime") == "nvidia" or any(driver != "cdi" for driver in drivers):
+        return "hook"
+    return "cdi" if drivers else None
 
 
 def on_disk(path: str, data: str) -> bool:
@@ -179,6 +228,14 @@ def load_model(port: int, model: str, limit_s: float) -> dict[str, Any]:
     """Load a model as an empty prompt does, and what then lies in memory."""
     loaded = ask(port, "/api/generate", {"model": model, "prompt": "", "stream": False}, limit_s)
     return {"load": loaded, "ps": ask(port, "/api/ps"), "simulated": []}
+
+
+def read(path: Path) -> str | None:
+    """A file's text; None: no such file."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None
 
 
 def as_json(text: str) -> Any:

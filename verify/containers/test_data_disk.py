@@ -11,7 +11,7 @@ from inventory import Guest
 from verify.observations import Observation
 from verify.verdicts import not_run
 
-pytestmark = pytest.mark.on("gpus")
+pytestmark = pytest.mark.on("docker")
 
 DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 #: What lies here is made anew at each boot, such as MPS' sockets: there is nothing to lose.

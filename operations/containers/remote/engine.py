@@ -4,9 +4,9 @@
 import glob
 import http.client
 import json
+import os
 import socket
 import urllib.error
-import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -40,14 +40,15 @@ def read(
         "packages": packages(package_names),
         "units": units(unit_names),
         "files": {path: text(path) for path in files},
-        "registry_ca": {
-            path.split("/")[-2]: text(path) or "" for path in sorted(glob.glob("/etc/docker/certs.d/*/ca.crt"))
-        },
+        "certificates": {path: text(path) for path in sorted(glob.glob("/etc/*/certs.d/*/ca.crt"))},
         "info": None,
         "error": "",
         "images": [],
         "containers": {},
+        # Containers of somebody else, by name, and which of them run.
+        "foreign": {},
         "answers": {},
+        "podman": podman() if "podman" in package_names else None,
     }
     try:
         info = ask("/info")
@@ -59,15 +60,30 @@ def read(
             "log_driver": info["LoggingDriver"],
         }
         found["images"] = sorted(digest for image in ask("/images/json") for digest in image["RepoDigests"] or [])
-        query = urllib.parse.urlencode({"all": "1", "filters": json.dumps({"label": [LABEL]})})
-        for item in ask(f"/containers/json?{query}"):
-            container = describe(ask(f"/containers/{item['Id']}/json"), inside)
-            found["containers"][container["name"]] = container
+        for item in ask("/containers/json?all=1"):
+            if LABEL in (item["Labels"] or {}):
+                container = describe(ask(f"/containers/{item['Id']}/json"), inside)
+                found["containers"][container["name"]] = container
+            else:
+                found["foreign"][item["Names"][0].lstrip("/")] = item["State"] == "running"
     except (OSError, ValueError, http.client.HTTPException) as error:
         # Nothing that was read before it is kept: half a list of containers would be worse than none.
-        found |= {"info": None, "images": [], "containers": {}, "error": f"{SOCKET}: {error}"}
+        found |= {"info": None, "images": [], "containers": {}, "foreign": {}, "error": f"{SOCKET}: {error}"}
     found["answers"] = {name: probe(url) for name, url in probes.items()}
     return found
+
+
+def podman() -> dict[str, Any] | None:
+    """Podman, which has no daemon to ask, and the generator that makes units of Quadlet's files; None: absent."""
+    status, output, error = run("podman", "info", "--format", "json")
+    if status == 127:
+        return None
+    info = json.loads(output) if status == 0 else {}
+    return {
+        "version": info.get("version", {}).get("Version"),
+        "error": "" if status == 0 else (error.strip().splitlines() or ["no output"])[-1],
+        "quadlet": os.path.exists("/usr/lib/systemd/system-generators/podman-system-generator"),
+    }
 
 
 def ask(path: str) -> Any:
