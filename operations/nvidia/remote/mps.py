@@ -45,7 +45,8 @@ def ask(pipe: str, *commands: str) -> str:
     except subprocess.TimeoutExpired:
         raise Refused(f"the MPS control daemon does not answer within {ASK_S:.0f} s") from None
     if done.returncode != 0:
-        raise Refused((done.stderr + done.stdout).strip() or f"{CONTROL} ended with status {done.returncode}")
+        said = (done.stderr + done.stdout).strip()
+        raise Refused(said or f"{CONTROL} ended with status {done.returncode} at: {'; '.join(commands)}")
     return done.stdout.strip()
 
 
@@ -130,7 +131,9 @@ def start_server(pipe: str, uid: int) -> None:
     """Have the server take the card before anybody else does. Without a GPU that it can use, none stays."""
     if servers(pipe):
         return
-    ask(pipe, f"start_server -uid {uid}")
+    # The tool fails, and says nothing, when the server ends before it has its answer.
+    with contextlib.suppress(Refused):
+        ask(pipe, f"start_server -uid {uid}")
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         time.sleep(0.2)
