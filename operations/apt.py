@@ -27,6 +27,18 @@ apt-get -q -y -o DPkg::Lock::Timeout={lock} -o Dpkg::Options::=--force-confdef -
 """
 
 
+#: `apt-mark "$@"`: it has dpkg write the marks, and dpkg does not wait for its lock.
+MARK = f"""
+export LC_ALL=C
+deadline=$(($(date +%s) + {LOCK_S}))
+until said=$(apt-mark "$@" 2>&1); do
+    case $said in *"lock was locked"*) ;; *) deadline=0 ;; esac
+    if [ "$(date +%s)" -ge "$deadline" ]; then echo "$said" >&2; exit 1; fi
+    sleep 2
+done
+"""
+
+
 class Failure(NamedTuple):
     """What made apt fail. `details`: its own words, or what they are about."""
 
@@ -65,6 +77,12 @@ _KNOWN: tuple[tuple[str, str, str, str], ...] = (
         f"Waited {LOCK_S} s for it.",
     ),
     (
+        r"dpkg: error: (?P<file>dpkg \w+ lock) was locked by (?P<holder>.+?)(?: process)? with pid (?P<pid>\d+)",
+        "apt's lock is held by {holder} (process {pid})",
+        "`ps -fp {pid}` in the guest shows what it does; " + _WAIT,
+        f"Waited {LOCK_S} s for the {{file}}.",
+    ),
+    (
         r"^(?:E|Error): (?:Could not get lock|Unable to acquire|Unable to lock)[^\n]*?(?P<file>/[\w./-]+)",
         "apt's lock {file} is held by another process",
         "`ps -ef | grep -e apt -e dpkg` in the guest shows which one; " + _WAIT,
@@ -78,10 +96,10 @@ _KNOWN: tuple[tuple[str, str, str, str], ...] = (
         "",
     ),
     (
-        r"dpkg: error processing (?:package|archive) (?P<name>\S+) \(--(?P<step>\w+)\):\n(?P<why>[^\n]*)",
+        r"dpkg: error processing (?:package|archive) (?P<name>\S+) \(--(?P<step>\w+)\):",
         "dpkg could not {step} {name}",
-        "`dpkg --configure -a` in the guest shows it again; the next deploy takes up where this one ended",
-        "It says: {why}",
+        "`dpkg --configure -a` in the guest says why; the next deploy takes up where this one ended",
+        "",
     ),
     (
         _SIGNED + r"(?:EXPKEYSIG|Expired on) (?P<what>[^\n]+)",
@@ -225,3 +243,8 @@ def install(
     script = _INSTALL.format(lock=LOCK_S, flags=flags).strip()
     words = [QuoteString(word) for word in packages]
     return Told("sh", "-c", QuoteString(script), "install", *words, explain=explain)
+
+
+def mark(how: str, packages: Iterable[str]) -> StringCommand:
+    """Have apt `hold` or `unhold` packages."""
+    return Told("sh", "-c", QuoteString(MARK.strip()), "mark", how, *map(QuoteString, packages), explain=error_of)

@@ -45,9 +45,9 @@ if [ -n "$daemon" ]; then systemctl start "$daemon"; fi
 _HOLD = """
 set -e
 version=$(dpkg-query -W -f '${Version}' "$1")
-dpkg-query -W -f '${Package} ${Version} ${db:Status-Status}\\n' '*nvidia*' '*cuda*' 'libnv*' 2>/dev/null |
-    awk -v version="$version" '$2 == version && $3 == "installed" { print $1 }' | xargs apt-mark hold
-"""
+set -- hold $(dpkg-query -W -f '${Package} ${Version} ${db:Status-Status}\\n' '*nvidia*' '*cuda*' 'libnv*' 2> /dev/null |
+    awk -v version="$version" '$2 == version && $3 == "installed" { print $1 }')
+""" + apt.MARK.lstrip()
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def driver(
         held = sorted((of_driver(found) | set(actions.remove)) & set(found.get("held", ())))
         if held and set(packages) & set(actions.install):
             # --allow-change-held-packages frees only the packages it is given, not what depends on them.
-            yield StringCommand("apt-mark", "unhold", *[QuoteString(name) for name in held])
+            yield apt.mark("unhold", held)
         words = [*actions.install, *(f"{name}-" for name in actions.remove)]
         yield apt.install(words, repin=True, explain=explain)
     if actions.reinstall:
@@ -323,7 +323,7 @@ def driver(
         words = [found["kernel"], source]
         yield StringCommand("sh", "-c", QuoteString(BUILD.strip()), "build", *map(QuoteString, words))
     if actions.hold:
-        yield StringCommand("sh", "-c", QuoteString(_HOLD.strip()), "hold", QuoteString(packages[0]))
+        yield Told("sh", "-c", QuoteString(_HOLD.strip()), "hold", QuoteString(packages[0]), explain=apt.error_of)
     if actions.install or actions.reinstall or actions.build:
         yield step.call(check_built, list(packages), branch, version)
 
@@ -355,7 +355,7 @@ def _explain_install(packages: Sequence[str], output: str) -> GpulabError:
     failure = apt.error_of(output)
     if failure.brief.startswith("dpkg could not configure"):
         found = read(packages)
-        if not found["dkms_built"] and (found["build_failure"] or not found["headers"]):
+        if not found["dkms_built"] and found["build_failure"]:
             return unbuilt(found)
     return failure
 

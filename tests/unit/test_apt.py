@@ -99,6 +99,13 @@ E: Sub-process /usr/bin/dpkg returned an error code (1)
             "apt's lock /var/lib/dpkg/lock-frontend is held by another process",
             "grep -e apt",
         ),
+        (
+            "dpkg: error: dpkg frontend lock was locked by /usr/bin/python3.13 process with pid 12373\n"
+            "E: Sub-process dpkg --set-selections returned an error code (2)\n"
+            "E: Executing dpkg failed. Are you root?",
+            "apt's lock is held by /usr/bin/python3.13 (process 12373)",
+            "ps -fp 12373",
+        ),
         (EXPIRED_GPGV, "The key that signs http://127.0.0.1:18777 has expired", "key_sha256"),
         (EXPIRED_SQV, "The key that signs http://127.0.0.1:18777 has expired", "key_sha256"),
         (OTHER_KEY_GPGV, "http://m.example is signed by another key than the one that it is trusted by", "key_sha256"),
