@@ -15,7 +15,9 @@ from operations import files, step
 from operations.files import File
 from operations.nvidia.facts import NvidiaHealth
 from operations.nvidia.library import nvml
-from operations.nvidia.remote.health import EXPECTED, Finding, judge, summary
+from operations.nvidia.remote.gpulab_health import Finding, judge, summary
+from operations.nvidia.remote.health import EXPECTED
+from operations.remote import program
 
 PROGRAM = "/usr/local/bin/gpulab-health"
 
@@ -23,7 +25,7 @@ PROGRAM = "/usr/local/bin/gpulab-health"
 def wanted_files(expected: Mapping[str, Any]) -> dict[str, File | None]:
     """The program, its module of NVML, and what it expects of the card."""
     return {
-        PROGRAM: File(f"#!/usr/bin/python3\n{NvidiaHealth.script}\n", mode=0o755),
+        PROGRAM: File(f"#!/usr/bin/python3\n{program(__file__, 'health', 'gpulab_health')}\n", mode=0o755),
         EXPECTED: File(json.dumps(expected, indent=2, sort_keys=True) + "\n"),
         **nvml(),
     }

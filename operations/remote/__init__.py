@@ -10,16 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 
 _COMMON = Path(__file__).parent / "common.py"
+#: Where a program begins to run by itself.
+_START = '\nif __name__ == "__main__":\n'
 
 
-def program(module: str, name: str) -> str:
+def program(module: str, *names: str) -> str:
     """The complete text of `remote/NAME.py` beside the file `module` (the caller's `__file__`).
 
-    Its first line names it, for whoever looks at the guest's process list.
+    Of several names the last is the program, and those before it are what it imports. The first line names it, for
+    whoever looks at the guest's process list.
     """
     package = Path(module).parent
-    parts = [_COMMON.read_text(), (package / "remote" / f"{name}.py").read_text()]
+    texts = [(package / "remote" / f"{name}.py").read_text() for name in names]
+    parts = [_COMMON.read_text(), *(text.partition(_START)[0] for text in texts[:-1]), texts[-1]]
     lines = [
         line for part in parts for line in part.splitlines() if not line.startswith(("from operations.", "# SPDX"))
     ]
-    return "\n".join([f"# gpulab: {package.name}/{name}", *lines])
+    return "\n".join([f"# gpulab: {package.name}/{names[-1]}", *lines])

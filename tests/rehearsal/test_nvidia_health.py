@@ -13,7 +13,7 @@ import pytest
 
 from operations.nvidia.health import PROGRAM, wanted_files
 from operations.nvidia.library import nvml
-from operations.nvidia.remote.health import judge
+from operations.nvidia.remote.gpulab_health import judge
 from tests.rehearsal.test_nvidia_card import Card
 from tests.rehearsal.test_nvidia_card import card as card
 from tests.rehearsal.test_nvidia_card import programs as programs

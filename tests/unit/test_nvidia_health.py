@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from inventory import GpulabError
-from operations.nvidia.remote import health
-from operations.nvidia.remote.health import judge
+from operations.nvidia.remote import gpulab_health, health
+from operations.nvidia.remote.gpulab_health import judge
 
 # The package's own name `health` is the operation.
 operation = importlib.import_module("operations.nvidia.health")
@@ -115,10 +115,10 @@ def xid(number: int, rest: str = "pid=7, name=python3, Ch 8") -> str:
 
 def test_sound_gpu_has_no_findings() -> None:
     assert judge(sound()) == []
-    assert health.summary(sound()) == (
+    assert gpulab_health.summary(sound()) == (
         f"healthy: driver 580.95.05, NVIDIA RTX A4000 at {BUS}: 47 °C, link x16 generation 4 under load"
     )
-    assert health.summary(sound() | {"simulated": True}).endswith(" [simulated]")
+    assert gpulab_health.summary(sound() | {"simulated": True}).endswith(" [simulated]")
 
 
 LOST = [{"index": 0, "error": "GPU is lost", "code": 15}]
@@ -206,8 +206,8 @@ def test_without_gpu_or_driver_one_line_says_why(changes: dict[str, Any], id_: s
 
 def test_memory_limit_is_told_in_whole_gibibytes() -> None:
     assert judge(changed("expected.mps.pinned_memory_limit_mib", 4100)) == []
-    assert health.same_memory("512M", 512) and not health.same_memory("512M", 1024)
-    assert health.same_memory("", None) and not health.same_memory("nonsense", None)
+    assert gpulab_health.same_memory("512M", 512) and not gpulab_health.same_memory("512M", 1024)
+    assert gpulab_health.same_memory("", None) and not gpulab_health.same_memory("nonsense", None)
 
 
 def test_worst_finding_comes_first() -> None:
@@ -231,7 +231,7 @@ def test_generation_at_rest_is_not_judged() -> None:
     state = changed("gpus.0.load", None)
 
     assert judge(state) == []
-    assert "judged with --load" in health.summary(state)
+    assert "judged with --load" in gpulab_health.summary(state)
 
 
 @pytest.mark.parametrize(("utilisation", "ids"), [(0, []), (None, []), (40, ["link.generation"])])
@@ -242,7 +242,7 @@ def test_load_of_others_is_judged_when_they_work(utilisation: int | None, ids: l
 
     assert [finding.id for finding in judge(state)] == ids
     if not ids:
-        assert "not known: ollama (9) hold the card" in health.summary(state)
+        assert "not known: ollama (9) hold the card" in gpulab_health.summary(state)
 
 
 def test_unset_expectations_come_from_the_card_itself() -> None:
@@ -290,7 +290,7 @@ def test_replays_of_a_driver_that_was_loaded_anew_do_not_count() -> None:
     ],
 )
 def test_xid_tells_the_process(rest: str, pid: int | None, name: str | None) -> None:
-    (found,) = health.xids(said(xid(13, rest), "NVRM: loading", "Xid: 3"))
+    (found,) = gpulab_health.xids(said(xid(13, rest), "NVRM: loading", "Xid: 3"))
 
     assert (found["number"], found["pid"], found["name"]) == (13, pid, name)
     assert (found["device"], found["time"]) == ("PCI:0000:01:00", 500.0)
@@ -321,19 +321,19 @@ def test_kernel_log_is_read_from_journal_and_ring_buffer(monkeypatch: pytest.Mon
 def test_exit_status_says_how_bad_it_is(
     place: str, value: Any, status: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(health, "observe", lambda load: changed(place, value))
-    monkeypatch.setattr(health, "MEMORY", str(tmp_path / "run/health.json"))
+    monkeypatch.setattr(gpulab_health, "observe", lambda load: changed(place, value))
+    monkeypatch.setattr(gpulab_health, "MEMORY", str(tmp_path / "run/health.json"))
 
-    assert health.main([]) == status
+    assert gpulab_health.main([]) == status
     assert capsys.readouterr().out.startswith(words)
-    assert health.main(["--json"]) == status
+    assert gpulab_health.main(["--json"]) == status
     assert json.loads(capsys.readouterr().out)["status"] == status
     assert json.loads((tmp_path / "run/health.json").read_text()) == {"GPU-1": {"replays": 5, "time": 1000.0}}
 
 
 def test_wrong_usage_is_no_verdict(capsys: Any) -> None:
-    assert health.main(["--laod"]) == 64
-    assert health.main(["--help"]) == 0
+    assert gpulab_health.main(["--laod"]) == 64
+    assert gpulab_health.main(["--help"]) == 0
 
 
 def test_program_runs_without_gpu_and_without_pynvml(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def commands() -> list[Any]:
 
 def test_sound_guest_is_left_alone(guest: dict[str, Any]) -> None:
     assert commands() == []
-    assert guest["noop"] == [health.summary(sound())]
+    assert guest["noop"] == [gpulab_health.summary(sound())]
 
 
 def test_lesser_findings_are_told_and_change_nothing(guest: dict[str, Any]) -> None:
