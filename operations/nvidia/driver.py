@@ -268,7 +268,7 @@ def decide(
         reinstall=tuple(reinstall),
         build=build,
         # apt forgets the hold of what it reinstalls.
-        hold=bool(install or reinstall) or unheld(found, packages),
+        hold=bool(wrong or reinstall) or halfway or unheld(found, packages),
         blacklist=blacklist,
         why=versions.cause(found, packages, branch, version),
     )
