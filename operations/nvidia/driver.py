@@ -45,7 +45,8 @@ if [ -n "$daemon" ]; then systemctl start "$daemon"; fi
 _HOLD = """
 set -e
 version=$(dpkg-query -W -f '${Version}' "$1")
-set -- hold $(dpkg-query -W -f '${Package} ${Version} ${db:Status-Status}\\n' '*nvidia*' '*cuda*' 'libnv*' 2> /dev/null |
+form='${Package} ${Version} ${db:Status-Status}\\n'
+set -- hold $(dpkg-query -W -f "$form" '*nvidia*' '*cuda*' 'libnv*' 2> /dev/null |
     awk -v version="$version" '$2 == version && $3 == "installed" { print $1 }')
 """ + apt.MARK.lstrip()
 
@@ -266,7 +267,8 @@ def decide(
         remove=tuple(leftovers(found, packages, branch)),
         reinstall=tuple(reinstall),
         build=build,
-        hold=bool(wrong) or halfway or unheld(found, packages),
+        # apt forgets the hold of what it reinstalls.
+        hold=bool(wrong or reinstall) or halfway or unheld(found, packages),
         blacklist=blacklist,
         why=versions.cause(found, packages, branch, version),
     )
@@ -317,7 +319,9 @@ def driver(
         words = [*actions.install, *(f"{name}-" for name in actions.remove)]
         yield apt.install(words, repin=True, explain=explain)
     if actions.reinstall:
-        yield apt.install(actions.reinstall, repin=True, reinstall=True, explain=explain)
+        # The same version: the newest of the branch would not go with the others.
+        words = [f"{name}={found['related'][name]}" for name in actions.reinstall]
+        yield apt.install(words, repin=True, reinstall=True, explain=explain)
     if actions.build:
         source = next((re.split("[,:]", line)[0] for line in found["dkms"]), "")
         words = [found["kernel"], source]
