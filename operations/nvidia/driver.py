@@ -405,7 +405,8 @@ def unbuilt(found: Mapping[str, Any]) -> GpulabError:
             hint = (
                 "a tool of the build is missing: `apt-get install build-essential dkms` in the guest, and deploy again"
             )
-    if not found["headers"]:
+    # A compiler that found something to say had headers, of whatever package.
+    if not found["headers"] and (failure is None or "headers" in failure["error"]):
         lines.append(f"  headers linux-headers-{kernel} is not installed")
         if not found["headers_exist"]:
             hint = (

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""What breaks in a guest, one thing at a time, on a lab of real hosts: what its admin sees, and what heals it.
+
+One lab for all of them, so one process. Needs root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import inventory
+from rehearsal import host, lab, paths
+from rehearsal.rehearse import bootstrap
+from tests.lab.commands import INVENTORY, Deployed
+
+from . import table
+from .table import Row, Verdict
+
+GUEST = "gpu01"
+#: Makes the simulated card answer differently: see rehearsal/nvidia/source/gpu.h.
+CARD = "/var/lib/lab-hardware/nvml.conf"
+S, R, H = Verdict.SURVIVED, Verdict.REFUSED, Verdict.HEALED
+
+pytestmark = [
+    pytest.mark.xdist_group("guest lab"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root"),
+]
+
+Act = Callable[[Deployed], object]
+Words = tuple[str, ...]
+
+
+def nothing(deployed: Deployed) -> None:
+    """Nobody has to do anything."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`says`: stands in what the first deploy prints, and `checks`: what verify fails at before it.
+
+    `words`: of that deploy alone. `mend`: what only somebody else than a deploy can put right.
+    """
+
+    injected: str
+    expected: Verdict
+    inject: Act
+    says: str = ""
+    checks: tuple[str, ...] = ()
+    words: Callable[[], Words] = tuple
+    mend: Act = nothing
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """One node and one guest, up and converged."""
+    if lab.is_up():
+        pytest.fail("a lab is up that these tests did not start: make lab-down")
+    lab.up()
+    try:
+        bootstrap()
+        hosts = Deployed(tmp_path_factory.mktemp("reports"))
+        done = hosts.deploy()
+        assert done.status == 0, done.output[-4000:]
+        yield hosts
+    finally:
+        lab.down()
+
+
+def sh(script: str) -> Act:
+    """A shell script in the guest, without SSH."""
+    return lambda deployed: deployed.on(GUEST, "sh", "-ec", script)
+
+
+def meanwhile(script: str) -> Act:
+    """The same, going on beside what comes next."""
+    return lambda deployed: deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-ec", script)
+
+
+def both(*acts: Act) -> Act:
+    return lambda deployed: [act(deployed) for act in acts]
+
+
+def nvidia(**keys: object) -> Words:
+    """Words of a deploy in which `nvidia` of the guest is otherwise."""
+    declared = inventory.load(INVENTORY).guests[GUEST].nvidia.model_dump(exclude_unset=True)
+    return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
+
+
+APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
+REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
+#: Both versions are in the repository; the pin allows them, and the guest has the newer one.
+OLDER = "580.95.05-1"
+OLDER_LIBRARIES = " ".join(f"{name}={OLDER}" for name in ("libcuda1", "libnvidia-ml1"))
+
+
+def upgraded_by_hand(deployed: Deployed) -> None:
+    """User space of another version under the loaded module, as unattended-upgrades leaves it."""
+    names = "nvidia-driver-cuda nvidia-persistenced nvidia-kernel-open-dkms nvidia-kernel-support nvidia-modprobe"
+    packages = " ".join(f"{name}={OLDER}" for name in f"{names} firmware-nvidia-gsp".split())
+    deployed.on(GUEST, "sh", "-ec", f"{APT} install {packages} {OLDER_LIBRARIES}")
+
+
+def killed_installing(deployed: Deployed) -> None:
+    """The run, apt and dpkg killed in the middle of unpacking."""
+    deployed.on(GUEST, "sh", "-ec", REMOVE_TOOLKIT)
+    watch = "until pgrep -x dpkg > /dev/null; do sleep 0.02; done; pkill -9 -x apt-get; pkill -9 -x dpkg"
+    deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-c", watch)
+    deployed.killed(12.0, "deploy.py", "-y", "--limit", GUEST)
+
+
+def wait_for_mps(deployed: Deployed) -> None:
+    """systemd starts it again by itself."""
+    deadline = time.monotonic() + 20
+    while host.run(GUEST, ["systemctl", "is-active", "--quiet", "gpulab-mps"]).returncode != 0:
+        assert time.monotonic() < deadline, "gpulab-mps does not come back"
+        time.sleep(0.2)
+
+
+def expired_repository(deployed: Deployed) -> None:
+    """The CUDA repository once more. Its key was extended in time, and those who trust it have the old one."""
+    built = paths.cache() / "nvidia/www/compute/cuda/repos/debian13/x86_64"
+    folder = expired()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("Packages", "Packages.gz", "Release"):
+        shutil.copy(built / name, folder / name)
+    then = ["--faked-system-time", "20240101T000000"]
+    with tempfile.TemporaryDirectory() as home:
+
+        def gpg(*words: str) -> str:
+            quiet = ["--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""]
+            done = subprocess.run(
+                ["gpg", "--homedir", home, *quiet, *words], check=True, capture_output=True, text=True
+            )
+            return done.stdout
+
+        gpg(*then, "--quick-gen-key", "gpulab rehearsal, expired (simulated)", "rsa3072", "sign", "2024-06-01")
+        gpg("--output", str(folder / "cuda-archive-keyring.gpg"), "--export")
+        key = next(
+            line.split(":")[9] for line in gpg("--with-colons", "--list-keys").splitlines() if line[:4] == "fpr:"
+        )
+        gpg(*then, "--quick-set-expire", key, "never")
+        gpg("--clearsign", "--output", str(folder / "InRelease"), str(folder / "Release"))
+        subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=True)
+
+
+def expired() -> Path:
+    return paths.cache() / "nvidia/www/expired/debian13/x86_64"
+
+
+def of_expired() -> Words:
+    declared = inventory.load(INVENTORY).guests[GUEST].nvidia.repository
+    key = (expired() / "cuda-archive-keyring.gpg").read_bytes()
+    address = declared.replace("/compute/cuda/repos", "/expired")
+    return nvidia(repository=address, key_sha256=hashlib.sha256(key).hexdigest())
+
+
+def refused_by_the_pin(deployed: Deployed) -> None:
+    """Somebody else's package that needs branch 590: apt says no, and the driver stays."""
+    done = host.run(GUEST, ["sh", "-c", f"{APT.replace('--allow-change-held-packages ', '')} install acme-gpu-tool"])
+    assert done.returncode != 0
+    assert "nvidia-driver-cuda (>= 590)" in done.stdout + done.stderr
+
+
+def restart_vm(deployed: Deployed, *between: str) -> None:
+    """Stopped and started on its node, with a command between the two."""
+    deployed.on("pve1", "qm", "stop", "101")
+    if between:
+        deployed.on("pve1", *between)
+    deployed.on("pve1", "qm", "start", "101")
+    host.wait_ssh(inventory.load(INVENTORY).guests[GUEST].ssh_hostname)
+
+
+def without_gpu(deployed: Deployed) -> None:
+    restart_vm(deployed, "qm", "set", "101", "--delete", "hostpci0")
+
+
+HOLD_LOCK = """python3 -c '
+import fcntl, time
+lock = open("/var/lib/dpkg/lock-frontend", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+time.sleep(12)'"""
+FULL = """mount -t tmpfs -o size=16k full /var/cache/apt/archives
+mkdir -p /var/cache/apt/archives/partial
+dd if=/dev/zero of=/var/cache/apt/archives/rest bs=4k 2> /dev/null || true"""
+OTHER_PIN = "Package: *nvidia*\nPin: version 590.*\nPin-Priority: 2000\n"
+MPS = "CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps nvidia-cuda-mps-control"
+
+FAULTS = [
+    Fault(
+        "another version under the loaded driver",
+        S,
+        upgraded_by_hand,
+        checks=("nvidia.driver.versions",),
+    ),
+    Fault("branch 590 declared, and 580 again", S, nothing, words=lambda: nvidia(branch="590")),
+    Fault(
+        "a module that DKMS can't build",
+        H,
+        sh(f"echo dkms=fail > {CARD}"),
+        says="DKMS has not built the NVIDIA module",
+        words=lambda: nvidia(version="580.95.05"),
+        mend=sh(f"rm {CARD}"),
+    ),
+    Fault("apt's lock held for 12 s", S, both(sh(REMOVE_TOOLKIT), meanwhile(HOLD_LOCK))),
+    Fault(
+        "the repository's key expired",
+        H,
+        expired_repository,
+        says="has expired",
+        words=of_expired,
+        mend=lambda deployed: shutil.rmtree(expired().parent.parent),
+    ),
+    Fault(
+        "the pin overridden by another file",
+        R,
+        sh(f"printf '{OTHER_PIN}' > /etc/apt/preferences.d/zz-acme"),
+        says="Something overrides the pin of the driver",
+        checks=("nvidia.driver.pin",),
+        mend=sh("rm /etc/apt/preferences.d/zz-acme"),
+    ),
+    Fault("a foreign package that wants branch 590", S, refused_by_the_pin),
+    Fault(
+        "the GPU lost",
+        R,
+        sh(f"echo lost=1 > {CARD}"),
+        says="has fallen off the bus",
+        checks=("nvidia.gpu.visible",),
+        mend=sh(f"rm {CARD}"),
+    ),
+    Fault(
+        "the GPU fallen off the bus",
+        R,
+        sh("python3 /usr/lib/nvidia-simulated/module.py fall-off"),
+        says="has fallen off the bus",
+        checks=("nvidia.gpu.visible",),
+        mend=restart_vm,
+    ),
+    Fault("the VM started without its GPU", S, without_gpu, checks=("nvidia.gpu.visible",)),
+    Fault("the MPS daemon killed", S, both(sh("systemctl kill -s KILL gpulab-mps"), wait_for_mps)),
+    Fault("the MPS daemon stopped by hand", S, sh("systemctl stop gpulab-mps"), checks=("nvidia.mps.daemon",)),
+    Fault(
+        "an MPS limit changed by hand",
+        S,
+        sh(f"echo set_default_active_thread_percentage 7 | {MPS}"),
+        checks=("nvidia.mps.limits",),
+    ),
+    Fault("the compute mode changed by hand", S, sh("nvidia-smi -c DEFAULT"), checks=("nvidia.gpu.compute_mode",)),
+    Fault(
+        "daemon.json broken by hand",
+        R,
+        sh("cp -a /etc/docker/daemon.json /root/kept; echo '{\"features\": {' > /etc/docker/daemon.json"),
+        says="/etc/docker/daemon.json is not JSON",
+        mend=sh("mv /root/kept /etc/docker/daemon.json"),
+    ),
+    Fault(
+        "the disk full",
+        R,
+        both(sh(REMOVE_TOOLKIT), sh(FULL)),
+        says="space",
+        mend=sh("umount /var/cache/apt/archives"),
+    ),
+    Fault("killed in the middle of an installation", H, killed_installing),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.injected.replace(" ", "-"))
+def test_guest_fault(deployed: Deployed, fault: Fault) -> None:
+    seen = ""
+    fault.inject(deployed)
+    killed = fault.inject is killed_installing
+    try:
+        if fault.checks:
+            done, failed = deployed.verify("--limit", GUEST)
+            assert {f"{check}[{GUEST}]" for check in fault.checks} <= failed, done.output[-3000:]
+            results = json.loads((deployed.reports / "verify.json").read_text())["results"]
+            seen = next(item["message"] for item in results if item["id"] == fault.checks[0])
+        first = deployed.deploy("--limit", GUEST, *fault.words())
+        assert fault.says in first.output, first.output[-4000:]
+        told = [line["error"] for line in deployed.record() if line.get("error")]
+        # A step that failed half way has changed something, too.
+        changed = deployed.changed() or re.search(r"executed [1-9][0-9]* commands", first.output)
+    finally:
+        fault.mend(deployed)
+    again = deployed.deploy("--limit", GUEST)
+    done, failed = deployed.verify("--limit", GUEST)
+    whole = (again.status, done.status, failed) == (0, 0, set())
+    verdict = S if first.status == 0 and not killed else H if changed else R
+    table.ROWS.append(Row(GUEST, fault.injected, verdict if whole else Verdict.LOST, told[0] if told else seen))
+    assert whole, again.output[-3000:] + done.output[-3000:]
+    assert verdict is fault.expected, first.output[-4000:]
