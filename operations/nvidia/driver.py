@@ -391,7 +391,7 @@ def check_built(packages: Sequence[str], branch: str, version: str | None) -> No
 
 def unbuilt(found: Mapping[str, Any]) -> GpulabError:
     """A module that was not built: which file, which error, which kernel, and what still runs."""
-    failure, kernel = found["build_failure"], found["kernel"]
+    failure, kernel, loaded = found["build_failure"], found["kernel"], found["loaded"]
     lines = [f"  kernel  {kernel}, which runs"]
     hint = "a kernel that is newer than the driver needs a newer driver: see nvidia.version and nvidia.branch"
     if failure is not None:
@@ -401,20 +401,23 @@ def unbuilt(found: Mapping[str, Any]) -> GpulabError:
         lines += [f"  error   {failure['error']}{more}", f"  log     {failure['log']}"]
         if "No space left" in failure["error"]:
             hint = "`df -h` in the guest; `system_disk_gib` grows its system disk"
-        elif "not found" in failure["error"] or "No such file" in failure["error"]:
+        elif failure["error"].endswith(("not found", "No such file or directory")) and not failure["file"]:
             hint = (
                 "a tool of the build is missing: `apt-get install build-essential dkms` in the guest, and deploy again"
             )
-    # A compiler that found something to say had headers, of whatever package.
-    if not found["headers"] and (failure is None or "headers" in failure["error"]):
+    elif found["headers"]:
+        lines.append(f"  dkms    {'; '.join(found['dkms']) or 'knows of no NVIDIA module'}")
+    if not found["headers"]:
         lines.append(f"  headers linux-headers-{kernel} is not installed")
-        if not found["headers_exist"]:
+        if failure is None and not found["headers_exist"]:
             hint = (
                 "apt knows no headers of this kernel any more: upgrade the guest's kernel, reboot it and deploy again"
             )
-    elif failure is None:
-        lines.append(f"  dkms    {'; '.join(found['dkms']) or 'knows of no NVIDIA module'}")
-    runs = f"it still runs driver {found['loaded']}" if found["loaded"] else "it runs without NVIDIA's driver"
+    runs = f"it still runs driver {loaded}" if loaded else "it runs without NVIDIA's driver"
+    library = found["library"]["libnvidia-ml.so.1"]
+    if loaded and library not in (None, loaded):
+        runs += f", which programs started from now on can't use: user space is {library}"
+        hint += f"; or declare the version that runs, {loaded}, again"
     return GpulabError(
         f"DKMS has not built the NVIDIA module for the running kernel {kernel}",
         "\n".join([*lines, f"The guest was not rebooted; {runs}."]),

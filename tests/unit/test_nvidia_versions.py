@@ -275,12 +275,28 @@ def test_a_failed_build_is_told_in_one_block() -> None:
     ]
 
 
+def test_a_failed_build_that_left_user_space_ahead_says_so_and_how_to_go_back() -> None:
+    library = {"libcuda.so.1": "580.105.08", "libnvidia-ml.so.1": "580.105.08"}
+    error = unbuilt(ready(dkms_built=False, build_failure=FAILURE, library=library))
+    assert error.details.splitlines()[-1] == (
+        "The guest was not rebooted; it still runs driver 580.95.05, which programs started from now on can't use: "
+        "user space is 580.105.08."
+    )
+    assert error.resolution.endswith("or declare the version that runs, 580.95.05, again")
+
+
 @pytest.mark.parametrize(
     ("over", "line", "hint"),
     [
         ({"headers": False, "headers_exist": False}, "headers linux-headers-6.12.48+deb13-cloud-amd64", "upgrade the"),
         ({"build_failure": {**FAILURE, "error": "No space left on device"}}, "error   No space left", "df -h"),
-        ({"build_failure": {**FAILURE, "error": "gcc-14: not found"}}, "error   gcc-14: not found", "build-essential"),
+        (
+            {"build_failure": {**FAILURE, "file": "", "error": "gcc-14: not found"}},
+            "error   gcc-14: not",
+            "build-essential",
+        ),
+        # Headers that are missing from an #include are no missing tool.
+        ({"build_failure": {**FAILURE, "error": "x.h: No such file or directory"}}, "error   x.h", "newer driver"),
         ({"dkms": ["nvidia/580.95.05: added"]}, "dkms    nvidia/580.95.05: added", "newer driver"),
     ],
 )
