@@ -29,16 +29,19 @@ BLACKLIST = "/etc/modprobe.d/gpulab-nouveau.conf"
 #: initramfs beside the old one.
 NEEDED_MIB = {"/usr": 1500, "/var": 1500, "/boot": 100}
 
-#: The persistence daemon keeps the module in use, so it steps aside while the module is replaced.
+# The persistence daemon and MPS' server keep the module in use, so they step aside while it is replaced. MPS' clients
+# count as users of the GPU, so it has none here.
 _RELOAD = """
 set -e
-daemon=nvidia-persistenced.service
-if systemctl --quiet is-active "$daemon"; then systemctl stop "$daemon"; else daemon=; fi
+stopped=
+for unit in gpulab-mps.service nvidia-persistenced.service; do
+    if systemctl --quiet is-active "$unit"; then systemctl stop "$unit"; stopped="$unit $stopped"; fi
+done
 for module in nvidia_uvm nvidia_drm nvidia_modeset nvidia; do
     if [ -d "/sys/module/$module" ]; then rmmod "$module"; fi
 done
 modprobe -a nvidia nvidia_uvm
-if [ -n "$daemon" ]; then systemctl start "$daemon"; fi
+for unit in $stopped; do systemctl start "$unit"; done
 """
 
 # All packages of the driver's version, whatever they are called: unattended upgrades must not split them.

@@ -214,7 +214,7 @@ def config_begins(folder: str) -> bytes:
 
 
 def users() -> list[str]:
-    """The processes that keep the GPU open, other than the persistence daemon: `name (pid)`."""
+    """The processes that keep the GPU open, other than the daemons that only serve others: `name (pid)`."""
     found = set()
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         try:
@@ -223,8 +223,9 @@ def users() -> list[str]:
             continue
         if target.startswith("/dev/nvidia"):
             pid = link.split("/")[2]
+            # The kernel cuts it at 15 characters.
             name = (text(f"/proc/{pid}/comm") or "").strip()
-            if name and not "nvidia-persistenced".startswith(name):
+            if name and not name.startswith(("nvidia-persiste", "nvidia-cuda-mps")):
                 found.add(f"{name} ({pid})")
     return sorted(found)
 
