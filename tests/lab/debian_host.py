@@ -21,7 +21,7 @@ from rehearsal.nvidia import guest, service
 from rehearsal.pve.containers import GPU_FILE, gpu_file
 from rehearsal.pve.power import A4000
 from rehearsal.rehearse import program
-from tests.lab.conftest import Outcome, run
+from tests.lab.commands import Outcome, run
 
 NAME = "dkms01"
 SUBNET = "10.66.98.0/24"
