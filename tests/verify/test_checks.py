@@ -39,6 +39,7 @@ NEED_VM = [
 ]
 VM = {f"vm.{name}" for name in NEED_VM}
 MPS = {f"nvidia.mps.{name}" for name in ["limits", "server", "closed"]}
+SILENT = MPS | {"nvidia.gpu.client"}
 NEED_GPU = [
     *("memory", "client", "link", "link.generation", "replay", "throttle", "temperature", "thermal", "settings"),
     *("power_limit", "clocks", "ecc", "compute_mode", "accounting", "persistence", "memory_health"),
@@ -257,8 +258,8 @@ CASES: list[Case] = [
     ("nvidia.gpu.persistence", "nvidia.nvml.gpus.0.persistence", 0, set()),
     ("nvidia.gpu.memory_health", "nvidia.nvml.gpus.0.remapped", [1, 1, 0], set()),
     ("nvidia.gpu.xid", "nvidia.xids", [31, 79], set()),
-    ("nvidia.mps.daemon", "nvidia.mps", None, MPS),
-    ("nvidia.mps.daemon", "nvidia.mps.percentage", {"status": None, "says": "nothing within 5 s"}, MPS),
+    ("nvidia.mps.daemon", "nvidia.mps", None, SILENT),
+    ("nvidia.mps.daemon", "nvidia.mps.percentage", {"status": None, "says": "nothing within 5 s"}, SILENT),
     ("nvidia.mps.daemon", f"{UNITS}.gpulab-mps~service.enabled", "disabled", set()),
     ("nvidia.mps.limits", "nvidia.mps.percentage.says", "100.0", set()),
     ("nvidia.mps.limits", "nvidia.mps.memory.says", "", set()),
