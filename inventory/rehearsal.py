@@ -58,6 +58,9 @@ guests = [
             "nvidia": {
                 **_lab["nvidia"],
                 "power_limit_w": 120,
+                "clocks": {"min_mhz": 300, "max_mhz": 1800},
+                # The lab is not asked to wait for a card to get cold.
+                "thermal": {"interval_s": 2},
                 "mps": {"active_thread_percentage": 80, "pinned_memory_limit_mib": 12288},
             },
             "tenants": [

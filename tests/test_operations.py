@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Operation cases: facts in, commands out; one YAML file a case, folders `operations/<package>.<module>.<operation>`.
 
-pyinfra-testing runs them; its format is documented in pyinfra's own tests. Four things are added here, so that a
+pyinfra-testing runs them; its format is documented in pyinfra's own tests. Six things are added here, so that a
 case shows only what it is about:
 
 - `like: NAME` in a fact's value takes the rest of it from `hosts/NAME.yaml`;
 - a file's content may be given as `text:`, `operations.files` has it in base64;
+- `as_written: MODULE` with `for: [arguments]` stands for the files that `operations.MODULE.wanted_files` has;
+- `library: pinned` is the digest of NVML's module as it is installed here;
 - a shell script with a name after it is shown as `{sh: the name, arguments: […]}`;
 - a Python program sent to a host is shown as `{write: {path: [mode, text]}}` when it writes files, otherwise as
   `{python: its first line, argument: …, stdin: …}`.
@@ -14,6 +16,7 @@ case shows only what it is about:
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +29,7 @@ from pyinfra_testing.operations import make_operation_tests
 from pyinfra_testing.util import FakeHost
 
 from operations.files import _WRITE
+from operations.nvidia.settings import library_digest
 
 HERE = Path(__file__).parent
 
@@ -84,9 +88,21 @@ def expanded(value: Any) -> Any:
     if "like" in value:
         path = HERE / "hosts" / f"{value.pop('like')}.yaml"
         value = merged(expanded(yaml.safe_load(path.read_text())), value)
+    if "as_written" in value:
+        return _as_written(value["as_written"], value["for"]) | {key: value[key] for key in value if "/" in key}
+    if value.get("library") == "pinned":
+        value["library"] = library_digest()
     if "text" in value:
         value["content"] = base64.b64encode(value.pop("text").encode()).decode()
     return value
+
+
+def _as_written(module: str, arguments: list[Any]) -> dict[str, Any]:
+    files = importlib.import_module(f"operations.{module}").wanted_files(*arguments)
+    return {
+        path: file and {"content": base64.b64encode(file.content.encode()).decode(), "mode": file.mode, "mtime": 0.0}
+        for path, file in files.items()
+    }
 
 
 def merged(base: Any, over: Any) -> Any:

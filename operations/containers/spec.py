@@ -103,7 +103,7 @@ class ContainerSpec:
         """Folders of `volumes` that must belong to `user`. None, where only the image knows who that is."""
         numbers = self.user.split(":")
         known = len(numbers) == 2 and all(map(str.isdigit, numbers))
-        return dict.fromkeys(self.volumes, [int(number) for number in numbers]) if known else {}
+        return {folder: [int(number) for number in numbers] for folder in self.volumes} if known else {}
 
     def _options(self) -> list[str]:
         words = [f"--label={SERVICE}={self.name}", "--restart=unless-stopped", f"--hostname={self.name}"]

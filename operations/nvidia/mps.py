@@ -77,9 +77,7 @@ def wanted_files(sharing: str, uid: int, order: Mapping[str, Any]) -> dict[str, 
 
 def profiles(found: Mapping[str, Any], tenants: Mapping[str, Mapping[str, str]]) -> dict[str, File | None]:
     """Every tenant's file; None for those of tenants that are no longer declared."""
-    wanted: dict[str, File | None] = {
-        path: None for path in found.get("files", {}) if path.startswith(f"{TENANTS}/") and path.endswith(".env")
-    }
+    wanted: dict[str, File | None] = {path: None for path in found.get("files", {}) if path.startswith(f"{TENANTS}/")}
     return wanted | {f"{TENANTS}/{name}.env": File(profile(environment)) for name, environment in tenants.items()}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyinfra import host
-from pyinfra.api import StringCommand
+from pyinfra.api import QuoteString, StringCommand
 
 from inventory import GpulabError
 from operations import files, step
@@ -30,6 +30,12 @@ PROGRAM = f"{PROGRAMS}/gpu-settings"
 #: Keeps the driver initialised: without it, limits and modes are lost when the last client leaves.
 PERSISTENCED = "nvidia-persistenced.service"
 FILES = (SETTINGS, UNIT_FILE, PROGRAM)
+
+# The steps that follow must not find units of the new boot that are still to come up.
+_BOOTED = """
+timeout 120 systemctl is-system-running --wait > /dev/null
+systemctl start "$1"
+"""
 
 Declared = dict[str, Any]
 
@@ -206,8 +212,7 @@ def settings(
     yield step.call(check, declared)
     if rebooting:
         yield step.call(reboot_for_ecc, declared, reboot_timeout_s)
-        # It waits for the unit of the new boot.
-        yield StringCommand("systemctl", "start", UNIT)
+        yield StringCommand("sh", "-c", QuoteString(_BOOTED.strip()), "booted", UNIT)
 
 
 def _record(found: Mapping[str, Any], actions: Actions, persistence: bool) -> None:

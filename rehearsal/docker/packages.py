@@ -112,7 +112,8 @@ def docker_packages(files: Mapping[str, File | Link], versions: Mapping[str, str
     def package(name: str, version: str, what: str, held: Mapping[str, File | Link], **fields: str) -> Package:
         scripts: dict[str, str] = {key: fields.pop(key) for key in ("postinst", "prerm", "postrm") if key in fields}
         summary = f"real {what} under Docker's package names"
-        return Package(name, version, summary, held, fields, scripts, kind="rehearsal")
+        settings = tuple(path for path in held if path.startswith("/etc/"))
+        return Package(name, version, summary, held, fields, scripts, settings, kind="rehearsal")
 
     def programs(places: Mapping[str, str]) -> dict[str, File | Link]:
         return {path: files[source] for path, source in places.items()}

@@ -56,7 +56,9 @@ ExecStart=/usr/sbin/modprobe -a nvidia nvidia_uvm
 
 #: Units that set the card, and may write nowhere else: the real driver is no file, the simulated card's settings are.
 SETTING_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service")
-SETTING_DROP_IN = "[Service]\n# simulated: the card's settings are a file.\nReadWritePaths=-/run/lab-gpu\n"
+SETTING_DROP_IN = (
+    "[Service]\n# simulated: the card's settings are a file.\nReadWritePaths=-/run/lab-gpu -/var/lib/lab-hardware\n"
+)
 
 PERSISTENCED_UNIT = """\
 [Unit]
@@ -164,12 +166,21 @@ def wrapper(tool: str) -> File:
     if tool == "lsmod":
         return text(f"#!/bin/sh\n# simulated: see {HOME}/module.py\n{simulated}\n", 0o755)
     if tool == "dkms":
-        # The real dkms, where somebody installed it, knows all modules but ours.
-        script = (
-            f"real={HOME}/diverted/dkms\n[ -x $real ] || {simulated}\n"
-            f'for word in "$@"; do case $word in nvidia*) {simulated};; esac; done\n'
-            f'case $1 in status|autoinstall) {simulated.removeprefix("exec ")} || exit;; esac\nexec $real "$@"\n'
-        )
+        # The real dkms, where somebody installed it, knows all modules but ours, and ours for the kernels of Debian
+        # that are installed; of the control machine's kernel no guest has more than its name.
+        script = f"""\
+real={HOME}/diverted/dkms
+[ -x $real ] || {simulated}
+kernel=$(uname -r) last=
+for word in "$@"; do
+    case $last in -k) kernel=${{word%%/*}};; esac
+    last=$word
+done
+[ ! -e /boot/vmlinuz-$kernel ] || exec $real "$@"
+for word in "$@"; do case $word in nvidia*) {simulated};; esac; done
+case $1 in status|autoinstall) {simulated.removeprefix("exec ")} || exit;; esac
+exec $real "$@"
+"""
     else:
         script = (
             f'for word in "$@"; do case $word in nvidia|nvidia[_-]*) {simulated};; esac; done\n'
@@ -203,6 +214,18 @@ def _disable(*units: str) -> str:
     return f'if [ "$1" = remove ]; then\n    systemctl disable --quiet --now {" ".join(units)}\nfi\n'
 
 
+def _dkms(command: str, version: str) -> str:
+    """What the package's scripts do with DKMS: as debhelper's own where it is real, else the simulation's command."""
+    real = {
+        "build": f'/usr/lib/dkms/common.postinst nvidia {version} /usr/share/nvidia "" "$2"',
+        "remove": f"dkms remove -m nvidia -v {version} --all",
+    }
+    return (
+        f"if [ -x {HOME}/diverted/dkms ] && [ -e /boot/vmlinuz-$(uname -r) ]; then\n    {real[command]}\n"
+        f"else\n    /usr/bin/python3 -IS {HOME}/module.py dkms {command} {version}\nfi\n"
+    )
+
+
 RELOAD = "if [ -d /run/systemd/system ]; then\n    systemctl daemon-reload\nfi\n"
 
 
@@ -211,7 +234,6 @@ def driver_packages(driver: Driver) -> list[Package]:
     version = driver.version
     full = f"{version}-1"
     module = (SOURCE / "module.py").read_text()
-    dkms = f"/usr/bin/python3 -IS {HOME}/module.py dkms"
 
     def package(
         name: str,
@@ -305,8 +327,8 @@ def driver_packages(driver: Driver) -> list[Package]:
             f"nvidia-kernel-support (= {full}), firmware-nvidia-gsp (= {full}), python3:any, kmod",
             {
                 "preinst": _divert(),
-                "postinst": f'if [ "$1" = configure ]; then\n    {dkms} build {version}\nfi\n' + RELOAD,
-                "prerm": f"{dkms} remove {version}\n",
+                "postinst": f'if [ "$1" = configure ]; then\n{_dkms("build", version)}fi\n' + RELOAD,
+                "prerm": _dkms("remove", version),
                 "postrm": _undivert() + RELOAD,
             },
             Provides=f"nvidia-kernel-dkms (= {full})",

@@ -72,6 +72,26 @@ def test_failed_build_leaves_it_added(module: ModuleType, capsys: pytest.Capture
         module.modprobe(["nvidia"])
 
 
+def test_module_is_built_for_a_kernel_that_does_not_run(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "6.12.63+deb13-amd64"
+    source = module.SOURCES / "nvidia-580.95.05"
+    source.mkdir(parents=True)
+    module.dkms(["autoinstall", "-k", other])
+    module.dkms(["status"])
+    module.modinfo(["-k", other, "-F", "version", "nvidia"])
+    with pytest.raises(module.Refused):
+        module.modinfo(["-F", "version", "nvidia"])
+    module.dkms(["install", "--force", "nvidia/580.95.05", "-k", module.KERNEL])
+    module.modinfo(["-F", "version", "nvidia"])
+    assert capsys.readouterr().out == f"nvidia/580.95.05, {other}, x86_64: installed\n580.95.05\n580.95.05\n"
+    module.dkms(["remove", "580.95.05"])
+    module.dkms(["status"])
+    for words in ([], ["-k", other]):
+        with pytest.raises(module.Refused):
+            module.modinfo([*words, "nvidia"])
+    assert capsys.readouterr().out == ""
+
+
 def test_source_of_the_broken_driver_fails_as_the_compiler_would(module: ModuleType) -> None:
     version = packages.BROKEN_DRIVER[0]
     for path, file in packages.module_source(version, builds=False).items():

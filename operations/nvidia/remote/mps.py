@@ -45,7 +45,8 @@ def ask(pipe: str, *commands: str) -> str:
     except subprocess.TimeoutExpired:
         raise Refused(f"the MPS control daemon does not answer within {ASK_S:.0f} s") from None
     if done.returncode != 0:
-        raise Refused((done.stderr + done.stdout).strip() or f"{CONTROL} ended with status {done.returncode}")
+        said = (done.stderr + done.stdout).strip()
+        raise Refused(said or f"{CONTROL} ended with status {done.returncode} at: {'; '.join(commands)}")
     return done.stdout.strip()
 
 
@@ -83,14 +84,14 @@ def servers(pipe: str) -> list[str]:
 
 
 def wrong(told: dict[str, str], order: dict[str, Any]) -> list[str]:
-    """What the daemon keeps against what it was asked for."""
+    """What the daemon has otherwise than it is declared."""
     percentage, memory = order["active_thread_percentage"], order["pinned_memory_limit_mib"]
     problems = []
     if not same_percentage(told["percentage"], percentage):
-        problems.append(f"active thread percentage: asked for {percentage}, the daemon has {told['percentage']}")
+        problems.append(f"active thread percentage: declared {percentage}, in force {told['percentage']}")
     if not same_memory(told["memory"], memory):
-        asked = "none" if memory is None else f"{memory}M"
-        problems.append(f"pinned memory limit: asked for {asked}, the daemon has {told['memory'] or 'none'}")
+        declared = "none" if memory is None else f"{memory}M"
+        problems.append(f"pinned memory limit: declared {declared}, in force {told['memory'] or 'none'}")
     return problems
 
 
@@ -130,7 +131,9 @@ def start_server(pipe: str, uid: int) -> None:
     """Have the server take the card before anybody else does. Without a GPU that it can use, none stays."""
     if servers(pipe):
         return
-    ask(pipe, f"start_server -uid {uid}")
+    # The tool fails, and says nothing, when the server ends before it has its answer.
+    with contextlib.suppress(Refused):
+        ask(pipe, f"start_server -uid {uid}")
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         time.sleep(0.2)
@@ -162,7 +165,7 @@ def read(
 ) -> dict[str, Any]:
     """The state. `limits` and `servers` are the live daemon's, None when it does not answer, with `error`."""
     found: dict[str, Any] = {
-        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*"))]),
+        "files": files([*paths, *sorted(glob.glob(f"{tenants}/*.env"))]),
         "unit": units([unit])[unit],
         "user": owner(user, uid),
         "pipe": folder(pipe),

@@ -60,7 +60,7 @@ def decide(
         said = f"{temperature} °C, critical, and the power limit is the card's lowest, {_watts(limit)}"
         return Decision(None, "" if level == LOWEST else said, LOWEST)
     if temperature <= calm:
-        higher = min(ceiling, limit + step)
+        higher = min(ceiling, max(floor, limit + step))
         if higher > limit:
             said = f"{temperature} °C, cooled down: power limit {_watts(limit)} -> {_watts(higher)}"
             return Decision(higher, said, NORMAL)

@@ -102,12 +102,33 @@ def value_in(file: str, key: str) -> str | None:
     return next((line.partition("=")[2].strip() for line in lines if line.partition("=")[0].strip() == key), None)
 
 
-def built_version() -> str | None:
-    """The version of the module on disk for the running kernel."""
+def built(kernel: str) -> Path:
+    """Where DKMS puts the modules of a kernel."""
+    return BUILT if kernel == KERNEL else BUILT.parents[2] / kernel / "updates/dkms"
+
+
+def built_version(kernel: str = "") -> str | None:
+    """The version of the module on disk for a kernel: what stands in the simulated one, what the real one's file says.
+
+    A real one is there where the real dkms built it, for a kernel of Debian. No name: the running kernel.
+    """
+    kernel = kernel or KERNEL
     try:
-        return (BUILT / "nvidia.ko").read_text().split()[-1]
-    except FileNotFoundError:
+        return (built(kernel) / "nvidia.ko").read_text().split()[-1]
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    if not is_real(kernel):
         return None
+    argv = [f"{DIVERTED}/modinfo", "-k", kernel, "-F", "version", "nvidia"]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def is_real(kernel: str) -> bool:
+    """Did the real dkms build the module?"""
+    for path in built(kernel).glob("nvidia.ko*"):
+        with open(path, "rb") as file:
+            return file.read(9) != b"simulated"
+    return False
 
 
 def loaded() -> list[str]:
@@ -384,6 +405,7 @@ def lsmod(words: list[str]) -> None:
 
 def modinfo(words: list[str]) -> None:
     field = ""
+    kernel = KERNEL
     names = []
     rest = iter(words)
     for word in rest:
@@ -391,18 +413,23 @@ def modinfo(words: list[str]) -> None:
             field = next(rest)
         elif word.startswith(("-F", "--field=")):
             field = word.removeprefix("--field=").removeprefix("-F")
-        elif not word.startswith("-") and word != KERNEL:
+        elif word == "-k":
+            kernel = next(rest)
+        elif not word.startswith("-"):
             names.append(module_name(word))
-    version = built_version()
+    if is_real(kernel):
+        run(f"{DIVERTED}/modinfo", *words)
+        return
+    version = built_version(kernel)
     for name in names:
         if version is None:
             raise Refused(f"modinfo: ERROR: Module {name} not found.")
         fields = {
-            "filename": str(BUILT / f"{name.replace('_', '-')}.ko"),
+            "filename": str(built(kernel) / f"{name.replace('_', '-')}.ko"),
             "license": "Dual MIT/GPL",
             "version": version,
             "description": "simulated",
-            "vermagic": f"{KERNEL} SMP preempt mod_unload modversions",
+            "vermagic": f"{kernel} SMP preempt mod_unload modversions",
         }
         if field:
             print(fields.get(field, ""), end="\n" if field in fields else "")
@@ -411,33 +438,46 @@ def modinfo(words: list[str]) -> None:
 
 
 def dkms(words: list[str]) -> None:
-    """`status`, and what the packages call: `build VERSION` and `remove VERSION`."""
-    match words:
+    """`status`, `autoinstall` and `install`, and what the packages call: `build VERSION` and `remove VERSION`."""
+    kernel = words[words.index("-k") + 1].partition("/")[0] if "-k" in words[:-1] else KERNEL
+    match [word for word in words if word not in ("-k", kernel)]:
         case ["build", version]:
-            dkms_build(version)
+            dkms_build(version.removeprefix("nvidia/"), kernel)
+        case ["install", *rest]:
+            for version in [word.removeprefix("nvidia/") for word in rest if not word.startswith("-")]:
+                dkms_build(version, kernel)
         case ["remove", version]:
             shutil.rmtree(TREE / version, ignore_errors=True)
-            if built_version() == version:
-                for name in NEEDS:
-                    (BUILT / f"{name.replace('_', '-')}.ko").unlink()
-                touch_modules_dep()
+            for folder in {BUILT, *BUILT.parents[2].glob("*/updates/dkms")}:
+                if is_simulated(folder, version):
+                    for name in NEEDS:
+                        (folder / f"{name.replace('_', '-')}.ko").unlink(missing_ok=True)
+                    touch_modules_dep(folder)
         case ["status", *rest]:
             wanted = [word for word in rest if not word.startswith("-")]
             if wanted and not wanted[0].startswith("nvidia"):
                 return
             for tree in sorted(TREE.glob("*")):
-                state = (tree / "state").read_text().strip()
-                where = "" if state == "added" else f", {KERNEL}, x86_64"
-                print(f"nvidia/{tree.name}{where}: {state}")
+                # The real dkms keeps its own of a version here, too, without this file.
+                for state in sorted(tree.glob("state*")):
+                    print(f"nvidia/{tree.name}{state.read_text().rstrip()}")
         case ["autoinstall", *_]:
             for source in sorted(SOURCES.glob("nvidia-[0-9]*")):
-                dkms_build(source.name.removeprefix("nvidia-"))
+                dkms_build(source.name.removeprefix("nvidia-"), kernel)
         case _:
             raise Refused(f"Error! The simulated dkms does not know `{' '.join(words)}`.")
 
 
-def dkms_build(version: str) -> None:
-    """ "Compile" for the running kernel; a failure leaves it added, as a real one does.
+def is_simulated(folder: Path, version: str) -> bool:
+    """Does a folder hold simulated modules of this version?"""
+    try:
+        return (folder / "nvidia.ko").read_text().split()[-1] == version
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def dkms_build(version: str, kernel: str) -> None:
+    """ "Compile" for a kernel; a failure leaves it added, as a real one does.
 
     It fails for the fault `dkms=fail`, and for a source with the call that no kernel's headers take.
     """
@@ -446,8 +486,9 @@ def dkms_build(version: str) -> None:
     lines = source.read_text().splitlines() if source.exists() else []
     refused = [number for number, line in enumerate(lines, start=1) if "pci_resize_resource(pci_dev, 1)" in line]
     log = tree / "build/make.log"
-    write(log, f"DKMS make.log for nvidia-{version} (simulated) for kernel {KERNEL}\n")
-    write(tree / "state", "added\n")
+    write(log, f"DKMS make.log for nvidia-{version} (simulated) for kernel {kernel}\n")
+    state = tree / ("state" if kernel == KERNEL else f"state-{kernel}")
+    write(state, ": added\n")
     if refused or fault("dkms") == "fail":
         error = (
             f"{tree}/build/nvidia.c:{refused[0]}:16: error: too few arguments to function 'pci_resize_resource'"
@@ -456,20 +497,20 @@ def dkms_build(version: str) -> None:
         )
         write(log, f"{log.read_text()}{error}\n")
         raise Refused(
-            f"Error! Bad return status for module build on kernel: {KERNEL} (x86_64)\n"
+            f"Error! Bad return status for module build on kernel: {kernel} (x86_64)\n"
             f"Consult {log} for more information.",
             10,
         )
     for name in NEEDS:
-        write(BUILT / f"{name.replace('_', '-')}.ko", f"simulated kernel module {name} {version}\n")
-    write(tree / "state", "installed\n")
-    touch_modules_dep()
+        write(built(kernel) / f"{name.replace('_', '-')}.ko", f"simulated kernel module {name} {version}\n")
+    write(state, f", {kernel}, x86_64: installed\n")
+    touch_modules_dep(built(kernel))
 
 
-def touch_modules_dep() -> None:
+def touch_modules_dep(folder: Path) -> None:
     """What depmod would write; nvidia-cdi-refresh.path watches it."""
-    names = sorted(path.name for path in BUILT.glob("*.ko"))
-    dep = BUILT.parent.parent / "modules.dep"
+    names = sorted(path.name for path in folder.glob("*.ko"))
+    dep = folder.parent.parent / "modules.dep"
     kept = [line for line in dep.read_text().splitlines() if "updates/dkms/nvidia" not in line] if dep.exists() else []
     write(dep, "".join(f"{line}\n" for line in [*kept, *(f"updates/dkms/{name}:" for name in names)]))
 
