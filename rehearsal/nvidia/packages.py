@@ -166,8 +166,8 @@ def wrapper(tool: str) -> File:
     if tool == "lsmod":
         return text(f"#!/bin/sh\n# simulated: see {HOME}/module.py\n{simulated}\n", 0o755)
     if tool == "dkms":
-        # The real dkms, where somebody installed it, knows all modules but ours, and ours for the kernels of Debian
-        # that are installed; of the control machine's kernel no guest has more than its name.
+        # The real dkms, where somebody installed it, knows all modules but ours, and ours for the kernels that the
+        # guest has an image or headers of; of the control machine's kernel it has neither.
         script = f"""\
 real={HOME}/diverted/dkms
 [ -x $real ] || {simulated}
@@ -176,7 +176,7 @@ for word in "$@"; do
     case $last in -k) kernel=${{word%%/*}};; esac
     last=$word
 done
-[ ! -e /boot/vmlinuz-$kernel ] || exec $real "$@"
+if [ -e /boot/vmlinuz-$kernel ] || [ -e /lib/modules/$kernel/build ]; then exec $real "$@"; fi
 for word in "$@"; do case $word in nvidia*) {simulated};; esac; done
 case $1 in status|autoinstall) {simulated.removeprefix("exec ")} || exit;; esac
 exec $real "$@"

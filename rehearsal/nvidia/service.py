@@ -227,6 +227,7 @@ def compile_driver(version: str, cuda: int) -> packages.Driver:
         def built(sources: list[str], *flags: str) -> bytes:
             output = Path(scratch) / "output"
             defines = [f'-DDRIVER_VERSION="{version}"', f"-DCUDA_VERSION={cuda}"]
+            defines += ["-include", str(packages.SOURCE / "older_glibc.h")]
             argv = ["gcc", "-O1", "-Wall", "-Wextra", "-s", *flags, *defines, "-o", str(output)]
             argv += [str(packages.SOURCE / name) for name in sources]
             done = subprocess.run(argv, capture_output=True, text=True, check=False)

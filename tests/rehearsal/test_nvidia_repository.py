@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import threading
@@ -313,3 +314,43 @@ def test_server_answers_with_keep_alive(tmp_path: Path) -> None:
                 assert "simulated" in answer.headers["Server"]
         finally:
             process.terminate()
+
+
+def test_real_dkms_is_asked_about_the_kernels_of_the_guest(tmp_path: Path) -> None:
+    """And the simulation about the control machine's, of which the guest has neither image nor headers."""
+    script = packages.wrapper("dkms").content.decode()
+    for path, place in {packages.HOME: "home", "/boot": "boot", "/lib/modules": "modules"}.items():
+        script = script.replace(f"{path}/", f"{tmp_path}/{place}/")
+    script = script.replace("/usr/bin/python3 -IS", "echo simulated")
+    real = tmp_path / "home/diverted/dkms"
+
+    def asked(*words: str) -> list[str]:
+        done = subprocess.run(["sh", "-c", script, "dkms", *words], capture_output=True, text=True, check=True)
+        return [line.split()[0] for line in done.stdout.splitlines()]
+
+    assert asked("status") == ["simulated"]
+    real.parent.mkdir(parents=True)
+    real.write_text("#!/bin/sh\necho real\n")
+    real.chmod(0o755)
+    (tmp_path / "modules/6.12.1/build").mkdir(parents=True)
+    assert asked("autoinstall", "-k", "6.12.1") == ["real"]
+    assert asked("status") == ["simulated", "real"]
+    assert asked("install", "nvidia/580.95.05") == ["simulated"]
+    assert asked("install", "zfs/2.3") == ["real"]
+
+
+def test_programs_run_with_the_c_library_of_debian_12(
+    built: tuple[service.Repository, Path, str], tmp_path: Path
+) -> None:
+    """Whatever Debian the control machine has that they were compiled on."""
+    _, folder, _ = built
+    wanted = set()
+    for name in ("libnvidia-ml1", "libcuda1", "nvidia-driver-cuda", "nvidia-persistenced"):
+        for path, file in unpack(folder / "www" / CUDA / f"{name}_580.105.08-1_amd64.deb").items():
+            if isinstance(file, File) and file.content.startswith(b"\x7fELF"):
+                (tmp_path / "program").write_bytes(file.content)
+                argv = ["objdump", "-T", str(tmp_path / "program")]
+                listed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+                wanted |= {(tuple(map(int, found.split("."))), path) for found in re.findall(r"GLIBC_([\d.]+)", listed)}
+    assert wanted
+    assert max(wanted) <= ((2, 36), "~")
