@@ -204,6 +204,13 @@ def test_without_gpu_or_driver_one_line_says_why(changes: dict[str, Any], id_: s
     assert words in str(finding)
 
 
+def test_client_that_mps_does_not_serve_is_no_second_finding() -> None:
+    state = changed("mps.answers", False)
+    state["gpus"][0]["load"]["error"] = "cuInit: CUDA_ERROR_MPS_CONNECTION_FAILED (805)"
+
+    assert [finding.id for finding in judge(state)] == ["mps.daemon"]
+
+
 def test_memory_limit_is_told_in_whole_gibibytes() -> None:
     assert judge(changed("expected.mps.pinned_memory_limit_mib", 4100)) == []
     assert gpulab_health.same_memory("512M", 512) and not gpulab_health.same_memory("512M", 1024)

@@ -39,11 +39,12 @@ NEED_VM = [
 ]
 VM = {f"vm.{name}" for name in NEED_VM}
 MPS = {f"nvidia.mps.{name}" for name in ["limits", "server", "closed"]}
+SILENT = MPS | {"nvidia.gpu.client"}
 NEED_GPU = [
     *("memory", "client", "link", "link.generation", "replay", "throttle", "temperature", "thermal", "settings"),
     *("power_limit", "clocks", "ecc", "compute_mode", "accounting", "persistence", "memory_health"),
 ]
-GPU = MPS | {"nvidia.mps.daemon", "nvidia.mps.uid", *(f"nvidia.gpu.{name}" for name in NEED_GPU)}
+GPU = MPS | {"nvidia.mps.daemon", "nvidia.mps.uid", "nvidia.gpu.xid", *(f"nvidia.gpu.{name}" for name in NEED_GPU)}
 #: Checks of containers that have nothing to say on a guest that sees no GPU itself.
 UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.visible", "containers.gpu.daemon_reload"),
@@ -257,8 +258,8 @@ CASES: list[Case] = [
     ("nvidia.gpu.persistence", "nvidia.nvml.gpus.0.persistence", 0, set()),
     ("nvidia.gpu.memory_health", "nvidia.nvml.gpus.0.remapped", [1, 1, 0], set()),
     ("nvidia.gpu.xid", "nvidia.xids", [31, 79], set()),
-    ("nvidia.mps.daemon", "nvidia.mps", None, MPS),
-    ("nvidia.mps.daemon", "nvidia.mps.percentage", {"status": None, "says": "nothing within 5 s"}, MPS),
+    ("nvidia.mps.daemon", "nvidia.mps", None, SILENT),
+    ("nvidia.mps.daemon", "nvidia.mps.percentage", {"status": None, "says": "nothing within 5 s"}, SILENT),
     ("nvidia.mps.daemon", f"{UNITS}.gpulab-mps~service.enabled", "disabled", set()),
     ("nvidia.mps.limits", "nvidia.mps.percentage.says", "100.0", set()),
     ("nvidia.mps.limits", "nvidia.mps.memory.says", "", set()),
@@ -371,15 +372,27 @@ def test_every_check_is_broken_by_a_case(tmp_path: Path) -> None:
     assert run.status == 0
 
 
-@pytest.mark.parametrize("fallen", [None, "NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."])
-def test_guest_whose_gpu_is_missing_fails_in_one_line(tmp_path: Path, fallen: str | None) -> None:
+OFF_THE_BUS = "NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."
+
+
+@pytest.mark.parametrize(
+    ("fallen", "xids", "said", "fix"),
+    [
+        (None, [31], "was the VM started without it", "deploy.py"),
+        (OFF_THE_BUS, [79], OFF_THE_BUS, "stop and start"),
+        (None, [119], "the kernel log has Xid 119", "stop and start"),
+    ],
+)
+def test_guest_whose_gpu_is_missing_fails_in_one_line(
+    tmp_path: Path, fallen: str | None, xids: list[int], said: str, fix: str
+) -> None:
     """As after a start of the VM without its card: the driver refuses to load, and no daemon of its units starts."""
     observations = healthy()
     observations["nvidia"] |= {
         "on_bus": [],
         "loaded": None,
         "fallen": fallen,
-        "xids": [79],
+        "xids": xids,
         "nvml": {"error": "Driver Not Loaded", "gpus": []},
         "mps": {**observations["nvidia"]["mps"], "percentage": {"status": 1, "says": "Cannot find"}, "servers": []},
     }
@@ -393,9 +406,20 @@ def test_guest_whose_gpu_is_missing_fails_in_one_line(tmp_path: Path, fallen: st
     run = verify(lab_file(tmp_path), "--limit", "gpu01", plugin=Doctored(observations))
 
     assert run.ids("fail") == {"nvidia.gpu.visible"}
-    assert run.ids("not run") == GPU | UNSEEN | OLLAMA | {"nvidia.gpu.xid", "nvidia.driver.loaded"}
-    message = run.result("nvidia.gpu.visible")["message"]
-    assert "\n" not in message and (fallen or "started without it") in message
+    assert run.ids("not run") == GPU | UNSEEN | OLLAMA | {"nvidia.driver.loaded"}
+    result = run.result("nvidia.gpu.visible")
+    assert "\n" not in result["message"] and said in result["message"]
+    assert fix in result["fix"]
+
+
+def test_lost_gpu_says_what_the_kernel_said(tmp_path: Path) -> None:
+    observations = doctored("nvidia.nvml", {"error": "GPU is lost", "gpus": []})
+    observations["nvidia"] |= {"fallen": OFF_THE_BUS, "xids": [79]}
+
+    run = verify(lab_file(tmp_path), "--limit", "gpu01", plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"nvidia.gpu.visible"}
+    assert OFF_THE_BUS in run.result("nvidia.gpu.visible")["message"]
 
 
 def test_server_that_a_simulated_card_cannot_have_is_not_run(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_mps_answers_and_comes_back_after_a_boot(guest: Guest, card: Card, nvidi
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.limits", fix=RESTART)
+@pytest.mark.promise("nvidia.mps.limits", fix=DEPLOY)
 def test_mps_keeps_the_declared_limits(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -77,7 +77,7 @@ def test_server_of_the_service_user_runs(
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.closed", fix=RESTART)
+@pytest.mark.promise("nvidia.mps.closed", fix=DEPLOY)
 def test_stranger_is_refused_at_once(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:

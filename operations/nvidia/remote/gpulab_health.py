@@ -257,6 +257,9 @@ def link_findings(state: Mapping[str, Any], gpu: Mapping[str, Any]) -> list[Find
     if load is None:
         return found
     if load["error"]:
+        if state["mps"] is not None and not state["mps"]["answers"]:
+            # That is the finding.
+            return found
         what, seen = f"no load could be made on {where}", load["error"]
         command = "`dmesg | grep -i nvrm`, and `systemctl status gpulab-mps` where MPS is on"
         return [*found, Finding("load", "major", what, seen, "a second of copies", command)]
@@ -395,11 +398,11 @@ def mps_findings(state: Mapping[str, Any]) -> list[Finding]:
     percentage = wanted["active_thread_percentage"]
     if number(mps["percentage"]) != percentage:
         what = "MPS' active thread percentage"
-        found.append(Finding("mps.limits", "major", what, str(mps["percentage"]), str(percentage), restart))
+        found.append(Finding("mps.limits", "major", what, str(mps["percentage"]), str(percentage), DEPLOY))
     memory = wanted["pinned_memory_limit_mib"]
     if not same_memory(mps["memory"], memory):
         what, expected = "MPS' limit of pinned device memory", f"{memory} MiB" if memory is not None else "none"
-        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", expected, restart))
+        found.append(Finding("mps.limits", "major", what, mps["memory"] or "none", expected, DEPLOY))
     return found
 
 

@@ -535,7 +535,8 @@ def fall_off(words: list[str]) -> None:
     for address in cards_named(words):
         write(STATE / "off-bus" / address, "simulated\n")
         for function in PCI.glob(f"{address.rpartition('.')[0]}.*"):
-            # What the kernel read before stays in the other files.
+            # What the kernel read before stays in the other files: `lspci` keeps the revision (before pciutils 3.8 it
+            # said `rev ff`), and `lspci -v` says `Unknown header type 7f`.
             (function / "config").write_bytes(b"\xff" * 256)
         kernel_says(
             xid_line(79, address),
