@@ -48,7 +48,7 @@ def refused(findings: list[Finding]) -> GpulabError | None:
         return None
     worst, *others = critical
     seen = f"Seen: {worst.seen}; expected {worst.expected}."
-    return GpulabError(worst.what, "\n".join([seen, *map(str, others)]), worst.command)
+    return GpulabError(worst.what[0].upper() + worst.what[1:], "\n".join([seen, *map(str, others)]), worst.command)
 
 
 @step.step

@@ -158,7 +158,13 @@ CASES: list[tuple[str, Any, str, str, str]] = [
     ("expected.mps.pinned_memory_limit_mib", None, "mps.limits", "major", "4G, expected none"),
     ("mps.memory", "", "mps.limits", "major", "none, expected 4096 MiB"),
     ("gpus", LOST, "gpu.lost", "critical", "stop and start the VM"),
-    ("gpus", [{"index": 0, "error": "Unknown Error", "code": 999}], "gpu.error", "critical", "GPU 0 does not answer"),
+    (
+        "gpus",
+        [{"index": 0, "error": "Unknown Error", "code": 999}],
+        "gpu.error",
+        "critical",
+        "0000:01:00.0 does not answer",
+    ),
 ]
 
 
@@ -215,6 +221,16 @@ def test_memory_limit_is_told_in_whole_gibibytes() -> None:
     assert judge(changed("expected.mps.pinned_memory_limit_mib", 4100)) == []
     assert gpulab_health.same_memory("512M", 512) and not gpulab_health.same_memory("512M", 1024)
     assert gpulab_health.same_memory("", None) and not gpulab_health.same_memory("nonsense", None)
+
+
+def test_gpu_that_fell_off_the_bus_is_one_finding() -> None:
+    state = changed("gpus", LOST)
+    state["log"] = said(xid(79), "NVRM: GPU 0000:01:00.0: GPU has fallen off the bus.")
+
+    (finding,) = judge(state)
+
+    assert finding.id == "gpu.lost"
+    assert "the kernel log says: NVRM: GPU 0000:01:00.0: GPU has fallen off the bus." in finding.seen
 
 
 def test_worst_finding_comes_first() -> None:
@@ -404,7 +420,7 @@ def test_lost_gpu_stops_the_deploy_with_the_command_that_helps(guest: dict[str, 
     assert guest["changes"] == []
     with pytest.raises(GpulabError) as refused:
         operation.check(EXPECTED)
-    assert str(refused.value.brief) == "GPU 0 is lost"
+    assert str(refused.value.brief) == "0000:01:00.0 is lost"
     assert "GPU is lost" in str(refused.value) and "stop and start the VM" in str(refused.value)
 
 

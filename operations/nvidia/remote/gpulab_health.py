@@ -24,6 +24,8 @@ HARDWARE = {
     *(48, 56, 57, 58, *range(62, 66), *range(68, 78), *range(79, 87), 88, 89, 92),
     *(*range(94, 106), *range(110, 121), *range(122, 126)),
 }
+#: The Xid of a GPU that fell off the bus.
+FALLEN = 79
 #: Xids after which the card is of no use before its reset (NVIDIA's Xid catalogue).
 NEEDS_RESET = {48, 62, 64, 79, 95, 119, 120}
 #: Xids that speak of the program that ran.
@@ -150,7 +152,7 @@ def fallen(state: Mapping[str, Any]) -> str:
 
 def lost(state: Mapping[str, Any], gpu: Mapping[str, Any]) -> list[Finding]:
     """A GPU that does not answer any more."""
-    where = gpu.get("bus") or f"GPU {gpu.get('index')}"
+    where = gpu.get("bus") or dict(enumerate(state["devices"])).get(gpu["index"], f"GPU {gpu['index']}")
     told = fallen(state)
     seen = f"NVML: {gpu['error']}" + (f"; the kernel log says: {told}" if told else "")
     if gpu["code"] == GPU_IS_LOST:
@@ -182,10 +184,12 @@ def xids(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def xid_findings(state: Mapping[str, Any]) -> list[Finding]:
-    """One finding for each number."""
+    """One finding for each number. Of a GPU that is lost, its own finding says why."""
+    gone = any(gpu["code"] == GPU_IS_LOST for gpu in state["gpus"])
     seen: dict[int, list[dict[str, Any]]] = {}
     for xid in xids(state["log"]):
-        seen.setdefault(xid["number"], []).append(xid)
+        if not (gone and xid["number"] == FALLEN):
+            seen.setdefault(xid["number"], []).append(xid)
     return [xid_finding(number, entries) for number, entries in sorted(seen.items())]
 
 
