@@ -14,7 +14,7 @@ import pytest
 
 from rehearsal import host
 
-from .conftest import INVENTORY
+from .commands import INVENTORY
 
 UNIT = "gpulab-mps.service"
 GPU01 = ("--limit", "gpu01")
