@@ -41,10 +41,11 @@ def edit_command_line(line: str, add: Iterable[str], drop: Iterable[str] = ()) -
     wanted = list(dict.fromkeys(add))
     words = words_of(line)
     edited = list(words)
-    for phrase in drop:
-        parts = phrase.split()
-        while phrase not in wanted and parts and (at := _place(edited, parts)) is not None:
-            del edited[at : at + len(parts)]
+    unwanted = [parts for phrase in drop if phrase not in wanted and (parts := phrase.split())]
+    # Words of a phrase that stand apart come together when what is between them goes: look again after each.
+    while found := next(((at, parts) for parts in unwanted if (at := _place(edited, parts)) is not None), None):
+        at, parts = found
+        del edited[at : at + len(parts)]
     for phrase in wanted:
         if not holds(edited, phrase):
             edited += phrase.split()

@@ -7,7 +7,7 @@ import base64
 from pathlib import Path
 
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from operations import files
@@ -23,6 +23,7 @@ line = st.lists(st.one_of(other, st.sampled_from(sorted(OUR_WORDS)))).map(" ".jo
 phrases = st.lists(st.sampled_from(OURS), unique=True)
 
 
+@example("hugepagesz=1G intel_iommu=on hugepages=8", [], ["hugepagesz=1G hugepages=8", "intel_iommu=on"], "")
 @given(line, phrases, phrases, st.sampled_from(["", "\n"]))
 def test_command_line_keeps_the_words_of_others_and_settles(
     text: str, add: list[str], drop: list[str], end: str
