@@ -15,13 +15,20 @@ from operations.told import Told
 #: Seconds to wait for another apt or dpkg (unattended-upgrades after a boot) to end.
 LOCK_S = 300
 
-# A run that was killed inside dpkg leaves its journal behind, and apt then refuses everything. What that run could not
-# configure (a module that does not build) may go on failing here; apt says so again, or replaces it.
+# A run that was killed inside dpkg leaves its journal behind, and apt then refuses everything. What can't be configured
+# now (half of a driver, a module that does not build) apt replaces, or says again: its failure is the one to be told.
+# A package that was half unpacked is unpacked first: apt finds no way past it to other versions of what belongs to it.
 _INSTALL = """
 set -e
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
-[ -z "$(ls -A /var/lib/dpkg/updates)" ] || dpkg --configure -a || echo "dpkg --configure -a ended with $?"
+[ -z "$(ls -A /var/lib/dpkg/updates)" ] || dpkg --configure -a > /dev/null 2>&1 || true
 apt-get -q -o DPkg::Lock::Timeout={lock} update
+half=$(dpkg-query -W -f '${{db:Status-Eflag}} ${{Package}}\\n' | sed -n 's/^reinstreq //p')
+if [ -n "$half" ]; then
+    place=$(mktemp -d)
+    (cd "$place" && apt-get -q download $half && dpkg --unpack --force-depends ./*.deb)
+    rm -r "$place"
+fi
 apt-get -q -y -o DPkg::Lock::Timeout={lock} -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
 --no-install-recommends{flags} install "$@"
 """
@@ -191,8 +198,11 @@ def explain(output: str) -> Failure:
                 words["lines"] = "\n".join(f"  {' '.join(line.split())}" for line in found["lines"].splitlines()[:6])
             return Failure(brief.format(**words), hint.format(**words), details.format(**words))
     errors = [line.partition(": ")[2] for line in output.splitlines() if re.match(r"(?:E|Error): ", line)]
-    last = errors or [line for line in output.splitlines() if line.strip()][-5:] or ["it printed nothing"]
-    return Failure(f"apt failed: {last[0].strip()}", "", "\n".join(last[1:]))
+    if errors:
+        return Failure(f"apt failed: {errors[0].strip()}", "", "\n".join(errors[1:]))
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("(Reading database")]
+    *before, last = lines[-5:] or ["it printed nothing"]
+    return Failure(f"apt failed: {last}", "", "\n".join(before))
 
 
 def error_of(output: str) -> GpulabError:

@@ -255,6 +255,10 @@ def decide(
     halfway = bool(found["broken"]) or found["interrupted"]
     wrong = unfit(found, packages, branch, version)
     install = list(packages) if wrong or halfway else []
+    if halfway:
+        # apt moves no dependency of a package that is there in its new version already, configured or not.
+        others = {name for name in found["broken"] if re.search(r"nvidia|cuda|^libnv", name)} | of_driver(found)
+        install += sorted(others - set(packages) - set(leftovers(found, packages, branch)))
     build = not install and not found["dkms_built"]
     if install and found["secure_boot"] and not found["mok_enrolled"] and found["loaded"] is None:
         raise refused_by_secure_boot()
@@ -338,11 +342,12 @@ def driver(
 def _record(found: Mapping[str, Any], actions: Actions, packages: Sequence[str], wanted: str) -> None:
     why = (actions.why,) if actions.why else ()
     if actions.install:
-        installed = found.get("packages", {})
-        moving = [name for name in packages if name in actions.install]
-        lines = [f"{name}: {installed.get(name) or 'absent'} -> {wanted}" for name in moving]
-        lines += [f"{name}: {found['related'][name]} -> removed" for name in actions.remove]
-        lines += [f"{name}: absent -> its newest" for name in actions.install if name not in packages]
+        lines: list[str] = []
+        there = {**found.get("related", {}), **found.get("broken", {})}
+        for name in actions.install:
+            new = wanted if name in packages or name in there else "its newest"
+            lines.append(f"{name}: {there.get(name) or 'absent'} -> {new}")
+        lines += [f"{name}: {there[name]} -> removed" for name in actions.remove]
         if found and not found["headers"] and not found["headers_exist"]:
             lines.append(f"without headers: no package linux-headers-{found['kernel']} exists")
         step.changes("install the NVIDIA driver", (*why, *lines))

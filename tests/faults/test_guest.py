@@ -115,7 +115,8 @@ def upgraded_by_hand(deployed: Deployed) -> None:
 def killed_installing(deployed: Deployed) -> None:
     """The run, apt and dpkg killed in the middle of unpacking."""
     deployed.on(GUEST, "sh", "-ec", REMOVE_TOOLKIT)
-    watch = "until pgrep -x dpkg > /dev/null; do sleep 0.02; done; pkill -9 -x apt-get; pkill -9 -x dpkg"
+    # Not the dpkg of apt-mark. The brackets keep this command from finding itself.
+    watch = "until pgrep -f 'dpkg .*[-]-unpack' > /dev/null; do sleep 0.01; done; pkill -9 -x apt-get; pkill -9 -x dpkg"
     deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-c", watch)
     deployed.killed(12.0, "deploy.py", "-y", "--limit", GUEST)
 

@@ -191,7 +191,8 @@ def test_a_lock_that_was_waited_for_and_got_is_no_failure() -> None:
     ("output", "brief"),
     [
         ("noise\nE: A new thing went wrong\nE: and more\n", "apt failed: A new thing went wrong"),
-        ("one\ntwo\n", "apt failed: one"),
+        ("one\ntwo\n", "apt failed: two"),
+        ("Unpacking libcuda1 ...\nKilled\n(Reading database ... 5%\n", "apt failed: Killed"),
         ("", "apt failed: it printed nothing"),
     ],
 )

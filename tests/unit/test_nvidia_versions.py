@@ -370,3 +370,19 @@ def test_packages_without_a_branch_go_when_it_comes_back_into_the_names() -> Non
     assert leftovers(found, ["nvidia-utils-580", "nvidia-dkms-580-open"], "580") == ["nvidia-utils", "nvidia-dkms-open"]
     # Debian's names never carry it: apt replaces them itself.
     assert leftovers(found, PACKAGES, "580") == []
+
+
+def test_half_an_upgrade_is_finished_with_every_package_of_the_driver() -> None:
+    """apt 3.0 (seen): what is unpacked in its new version is "already the newest", and its dependencies stay behind."""
+    found = ready(
+        packages={PACKAGES[0]: None, PACKAGES[1]: "580.95.05-1"},
+        related={
+            "libnvidia-ml1": "580.95.05-1",
+            "nvidia-kernel-open-dkms": "580.95.05-1",
+            "nvidia-container-toolkit": "1",
+        },
+        broken={"nvidia-driver-cuda": "unpacked", "libcuda1": "half-installed", "vim": "half-configured"},
+    )
+    actions = decide(found, PACKAGES, "linux-headers-amd64", "580", None)
+    assert actions.install == (*PACKAGES, "libcuda1", "libnvidia-ml1")
+    assert actions.hold
