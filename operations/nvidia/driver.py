@@ -403,6 +403,9 @@ def unbuilt(found: Mapping[str, Any]) -> GpulabError:
     lines = [f"  kernel  {kernel}, which runs"]
     hint = "a kernel that is newer than the driver needs a newer driver: see nvidia.version and nvidia.branch"
     if failure is not None:
+        if failure["kernel"] != kernel:
+            lines.append(f"  failed  for kernel {failure['kernel']}, before that one's turn came")
+            hint = f"remove what DKMS can't build for: `apt-get remove linux-headers-{failure['kernel']}` in the guest"
         if failure["file"]:
             lines.append(f"  file    {failure['file']}, line {failure['line']}")
         more = f" (and {failure['more']} more)" if failure["more"] else ""

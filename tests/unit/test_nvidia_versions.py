@@ -25,6 +25,7 @@ from operations.nvidia.driver import (
     unfit,
     unloadable,
 )
+from operations.nvidia.remote import driver
 from operations.nvidia.repository import SOURCES, pin, sources
 from operations.nvidia.toolkit import outdated
 from operations.repositories import Source, no_key, stale_keys
@@ -259,7 +260,21 @@ FAILURE = {
     "error": "too few arguments to function 'pci_resize_resource'",
     "more": 1,
     "log": "/var/lib/dkms/nvidia/580.95.05/build/make.log",
+    "kernel": "6.12.48+deb13-cloud-amd64",
 }
+
+
+def test_log_of_another_kernel_is_read_when_this_one_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "make.log"
+    log.write_text(
+        "DKMS (dkms-3.2.2) make.log for nvidia/580.95.05 for kernel 6.1.0-1-amd64 (x86_64)\na.c:1:2: error: x\n"
+    )
+    monkeypatch.setattr(driver.glob, "glob", lambda pattern: [str(log)])
+
+    found = driver.newest_failure("6.12.48+deb13-cloud-amd64")
+
+    assert found is not None
+    assert (found["kernel"], found["error"], found["log"]) == ("6.1.0-1-amd64", "x", str(log))
 
 
 def test_a_failed_build_is_told_in_one_block() -> None:
@@ -297,6 +312,12 @@ def test_a_failed_build_that_left_user_space_ahead_says_so_and_how_to_go_back() 
         ),
         # Headers that are missing from an #include are no missing tool.
         ({"build_failure": {**FAILURE, "error": "x.h: No such file or directory"}}, "error   x.h", "newer driver"),
+        # DKMS builds for every kernel that has headers, and stops at the first that fails.
+        (
+            {"build_failure": {**FAILURE, "kernel": "6.1.0-1-amd64"}},
+            "failed  for kernel 6.1.0-1",
+            "linux-headers-6.1.0-1",
+        ),
         ({"dkms": ["nvidia/580.95.05: added"]}, "dkms    nvidia/580.95.05: added", "newer driver"),
     ],
 )

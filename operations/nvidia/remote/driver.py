@@ -146,12 +146,15 @@ def last_change(history: str, names: list[str]) -> str:
 
 
 def newest_failure(kernel: str) -> dict[str, Any] | None:
-    """What the newest build log of DKMS for this kernel says, None without one."""
-    logs = sorted(glob.glob("/var/lib/dkms/nvidia*/*/build/make.log"), key=os.path.getmtime)
-    for path in reversed(logs):
-        log = text(path) or ""
-        if kernel in log:
-            return {**build_failure(log), "log": path}
+    """What the newest build log of DKMS says, that of this kernel first; `kernel`: whose it is. None without one.
+
+    Debian 13's DKMS builds for every kernel with headers and ends with the first that fails, which may be another.
+    """
+    logs = sorted(glob.glob("/var/lib/dkms/nvidia*/*/build/make.log"), key=os.path.getmtime, reverse=True)
+    texts = [(path, text(path) or "") for path in logs]
+    for path, log in sorted(texts, key=lambda pair: kernel not in pair[1]):
+        of = re.search(r" for kernel:? (\S+)", log)
+        return {**build_failure(log), "log": path, "kernel": kernel if kernel in log or of is None else of[1]}
     return None
 
 
