@@ -33,10 +33,7 @@ GUEST = "gpu01"
 CARD = "/var/lib/lab-hardware/nvml.conf"
 S, R, H = Verdict.SURVIVED, Verdict.REFUSED, Verdict.HEALED
 
-pytestmark = [
-    pytest.mark.xdist_group("guest lab"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
 
 Act = Callable[[Deployed], object]
 Words = tuple[str, ...]
