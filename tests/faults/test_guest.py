@@ -295,7 +295,7 @@ def test_guest_fault(deployed: Deployed, fault: Fault) -> None:
     again = deployed.deploy("--limit", GUEST)
     done, failed = deployed.verify("--limit", GUEST)
     whole = (again.status, done.status, failed) == (0, 0, set())
-    verdict = S if first.status == 0 and not killed else H if changed else R
+    verdict = S if first.status == 0 and not killed else H if killed or changed else R
     table.ROWS.append(Row(GUEST, fault.injected, verdict if whole else Verdict.LOST, told[0] if told else seen))
     assert whole, again.output[-3000:] + done.output[-3000:]
     assert verdict is fault.expected, first.output[-4000:]
