@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from inventory import GpulabError
 from rehearsal import host
 
 from .commands import INVENTORY
@@ -38,12 +39,13 @@ def main_pid(deployed: Any) -> str:
 
 def until(answer: Callable[[], Any], wanted: Any) -> None:
     """Ask until it is as wanted, which systemd has its time for."""
-    deadline, found = time.monotonic() + 60, None
+    deadline, found = time.monotonic() + 120, None
     while time.monotonic() < deadline:
         try:
             if (found := answer()) == wanted:
                 return
-        except AssertionError as error:
+        except (AssertionError, GpulabError) as error:
+            # Between two boots there is nobody to ask.
             found = error
         time.sleep(0.5)
     pytest.fail(f"{found!r}, expected {wanted!r}")
