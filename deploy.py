@@ -170,7 +170,7 @@ with run.of_host() as part:
                 memory_budget_mib=ollama.memory_budget_mib,
                 card_memory_mib=card.memory_mib,
                 data=guest.data_disk.mount,
-                models=ollama.models,
+                models=[model.name for model in ollama.models],
                 environment=ollama.environment,
                 client=sharing.client(guest),
             )

@@ -16,6 +16,7 @@ import click
 from pydantic import ValidationError
 from pyinfra.api.exceptions import PyinfraError
 
+from inventory import budgets, services
 from inventory.errors import GpulabError, InventoryError
 from inventory.gpu import tenant_problems
 from inventory.resolve import CliError, UnexpectedExternalError, parse_cli_arg, resolve
@@ -287,21 +288,16 @@ def _check_keeper(node: Node, guest: Guest, nodes: Mapping[str, Node], guests: M
 
 
 def _check_gpu(node: Node, guest: Guest) -> list[str]:
-    services = guest.services.declared()
+    problems = services.problems(guest)
     if guest.gpu is None:
-        users = [*(f"services.{name}" for name in services), *(["tenants"] if guest.tenants else [])]
-        return [f"{guest.name}: {user}: expected `gpu` beside it" for user in users]
+        alone = guest.tenants and not guest.services.declared()
+        problems += ["tenants: expected `gpu` or `services` beside it"] if alone else []
+        return [f"{guest.name}: {problem}" for problem in problems]
     names = [device.name for device in node.passthrough.devices]
     if guest.gpu not in names:
         return [f"{guest.name}: gpu = {guest.gpu!r}: expected a passthrough device of {node.name} ({', '.join(names)})"]
     card = node.device(guest.gpu).card
-    problems = [f"{guest.name}: {problem}" for problem in guest.nvidia.beyond(card)]
-    problems += [f"{guest.name}: {problem}" for problem in tenant_problems(guest.tenants, guest.nvidia, card)]
-    budgets = {name: service.memory_budget_mib for name, service in services.items()}
-    if sum(budgets.values()) > card.memory_mib:
-        terms = " + ".join(f"{name} {budget}" for name, budget in budgets.items())
-        problems.append(
-            f"{guest.name}: memory_budget_mib: {terms} = {sum(budgets.values())} MiB: "
-            f"expected at most {card.memory_mib} MiB, the memory of the {card.name}"
-        )
-    return problems
+    problems += guest.nvidia.beyond(card)
+    problems += tenant_problems(guest.tenants, guest.nvidia, card)
+    problems += budgets.problems(guest, card)
+    return [f"{guest.name}: {problem}" for problem in problems]

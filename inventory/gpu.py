@@ -63,14 +63,20 @@ class Mps(Model):
 
 
 class Tenant(Model):
-    """A group of users, and what each of its processes may take of the card. A limit, not a reservation."""
+    """A group of users: what it may take of the card, and which services it may use."""
 
     name: Name
     active_thread_percentage: int = Field(default=100, ge=1, le=100)
-    #: MiB for each process: two processes of a tenant take twice that. None: as `mps.pinned_memory_limit_mib`.
+    #: MiB of device memory: its share of the card (inventory/budgets.py). MPS limits each process, so `gpulab-run`
+    #: divides it among those of a job. None: no share, hence no jobs; `mps.pinned_memory_limit_mib` limits others.
     memory_limit_mib: int | None = Field(default=None, ge=256)
     #: `below-normal` gives way to the others' kernels.
     priority: Literal["normal", "below-normal"] = "normal"
+    #: The services that it may use. None: all that the guest runs.
+    services: list[Literal["ollama", "milvus", "pytorch"]] | None = None
+
+    def may_use(self, service: str) -> bool:
+        return self.services is None or service in self.services
 
 
 class Nvidia(Model):

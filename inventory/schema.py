@@ -21,17 +21,17 @@ from pydantic import (
     model_validator,
 )
 
+from inventory.access import Access, Healing, PythonIndex
 from inventory.cards import CARDS, RTX_A4000, Card
 from inventory.gpu import Nvidia, Tenant
-from inventory.model import HttpUrl, Model, Name, Sha256, require_trust
+from inventory.model import AbsolutePath, HttpUrl, Model, Name, Sha256, require_trust
 from inventory.packages import DISTRIBUTIONS, IMAGES, Distribution
+from inventory.services import Services, filled_in
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 PciAddress = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}$")]
 PciId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][^@\s]*@sha256:[0-9a-f]{64}$")]
 Checksum = Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$")]
-AbsolutePath = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/-]*$")]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}$")]
 Storage = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]*$")]
 
@@ -196,13 +196,6 @@ class Node(SshHost):
         return next(device for device in self.passthrough.devices if device.name == name)
 
 
-def filled_in(value: str) -> str:
-    """Refuse the zeros that inventory/lab.py ships where only its user knows the digest."""
-    if value.endswith(64 * "0"):
-        raise ValueError("the digest that the publisher states, in place of the zeros")
-    return value
-
-
 class Image(Model):
     """The cloud image that the system disk is made from: `name` and `release`, or `url` and `filename`.
 
@@ -354,35 +347,6 @@ class Engine(Model):
     def trust(self) -> Engine:
         require_trust(self.repository, "key_sha256", self.key_sha256)
         return self
-
-
-class Service(Model):
-    """One container of ours: recreated exactly when its declaration changes."""
-
-    #: Name and digest, `ollama/ollama@sha256:…`: a tag can change behind one's back.
-    image: Annotated[Digest, AfterValidator(filled_in)]
-    #: Port on the guest's loopback address.
-    port: int = Field(ge=1, le=65535)
-    #: Device memory this service may use, MiB. The sum over a GPU's services may not exceed its card.
-    memory_budget_mib: int = Field(ge=256)
-    environment: dict[Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")], str] = {}
-
-
-class Ollama(Service):
-    """Ollama: its models lie on the data disk."""
-
-    port: int = Field(default=11434, ge=1, le=65535)
-    memory_budget_mib: int = Field(default=8192, ge=256)
-    #: Models that must be present; absent ones are pulled.
-    models: list[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]+(:[A-Za-z0-9._-]+)?$")]] = []
-
-
-class Services(Model):
-    ollama: Ollama | None = None
-
-    def declared(self) -> dict[str, Service]:
-        """The services that the guest runs, by name."""
-        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
 
 
 def _interface(value: Any) -> Any:
@@ -546,6 +510,12 @@ class Guest(SshHost):
     #: Registries with a CA of their own: `host:port` to a PEM file on the control machine.
     registry_ca: dict[str, str] = {}
     services: Services = Services()
+    #: The proxy in front of the services, for the tenants. None: they answer on the guest's loopback address alone.
+    access: Access | None = Access()
+    #: None: nobody restarts a service that has lost the GPU.
+    healing: Healing | None = Healing()
+    #: Where pip on this guest finds packages. None: pip's own default.
+    python_index: PythonIndex | None = None
     #: Check ids that are expected to be `not run` here. Empty for a lab of real hardware.
     expected_not_run: list[str] = []
 

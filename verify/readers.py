@@ -159,7 +159,7 @@ class Readers:
         ollama = guest.services.ollama
         if ollama is None or not ollama.models:
             return {"load": None, "ps": None}
-        arguments = {"port": ollama.port, "model": ollama.models[0], "limit_s": LOAD_S}
+        arguments = {"port": ollama.port, "model": ollama.models[0].name, "limit_s": LOAD_S}
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments, limit_s=LOAD_S + 20)
 
     def _ollama_port(self, guest: Guest) -> dict[str, Any]:

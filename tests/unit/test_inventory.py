@@ -144,7 +144,7 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
         ({"services": {"ollama": {"image": "ollama/ollama:latest"}}}, "gpu01: services.ollama.image"),
         (
             {"services": {"ollama": {"image": IMAGE, "memory_budget_mib": 17000}}},
-            "gpu01: memory_budget_mib: ollama 17000 = 17000 MiB: expected at most 16376 MiB",
+            "gpu01: memory budgets: services.ollama 17000 = 17000 MiB; expected at most 16376 MiB",
         ),
         (
             {"nvidia": {"repository": "http://mirror.example/repos"}},
@@ -261,7 +261,7 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             {"tenants": [{"name": "ml"}, {"name": "ml"}]},
             "gpu01: tenants.1.name = 'ml': expected a different name for each tenant",
         ),
-        ({"gpu": None, "tenants": [{"name": "ml"}]}, "gpu01: tenants: expected `gpu` beside it"),
+        ({"gpu": None, "tenants": [{"name": "ml"}]}, "gpu01: tenants: expected `gpu` or `services` beside it"),
     ],
 )
 def test_wrong_value_is_named_with_what_would_be_right(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from inventory import Guest
-from inventory.schema import Ollama
+from inventory.services import Ollama
 from verify.observations import Observation
 from verify.verdicts import not_run
 
@@ -91,7 +91,7 @@ def test_declared_models_are_there(guest: Guest, ollama: Ollama, containers: Obs
     if "json" not in answer:
         not_run("Ollama does not answer")
     there = {model["name"] for model in answer["json"].get("models") or []}
-    missing = [name for name in ollama.models if full_name(name) not in there]
+    missing = [model.name for model in ollama.models if model.full_name not in there]
     assert not missing, f"{guest.name}: Ollama lacks {', '.join(missing)}; it has {', '.join(sorted(there)) or 'none'}"
 
 
@@ -119,7 +119,7 @@ def test_ollama_computes_on_the_gpu(
     if not ollama.models:
         not_run("no model declared")
     running(containers)
-    model, loaded, ps = ollama.models[0], ollama_load["load"], ollama_load["ps"]
+    model, loaded, ps = ollama.models[0].name, ollama_load["load"], ollama_load["ps"]
     if "json" not in (running(containers)["version"]):
         not_run("Ollama does not answer")
     assert "json" in loaded, f"{guest.name}: loading {model}: {loaded['error']}"
