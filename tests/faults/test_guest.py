@@ -21,9 +21,8 @@ from pathlib import Path
 import pytest
 
 import inventory
-from rehearsal import host, lab, paths
-from rehearsal.rehearse import bootstrap
-from tests.lab.commands import INVENTORY, Deployed
+from rehearsal import host, paths
+from tests.lab.commands import INVENTORY, Deployed, deployed_lab
 
 from . import table
 from .table import Row, Verdict
@@ -62,17 +61,8 @@ class Fault:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """One node and one guest, up and converged."""
-    if lab.is_up():
-        pytest.fail("a lab is up that these tests did not start: make lab-down")
-    lab.up()
-    try:
-        bootstrap()
-        hosts = Deployed(tmp_path_factory.mktemp("reports"))
-        done = hosts.deploy()
-        assert done.status == 0, done.output[-4000:]
+    with deployed_lab(tmp_path_factory.mktemp("reports")) as hosts:
         yield hosts
-    finally:
-        lab.down()
 
 
 def sh(script: str) -> Act:

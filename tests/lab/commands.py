@@ -9,12 +9,16 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal import host
-from rehearsal.rehearse import program
+import pytest
+
+from rehearsal import host, lab
+from rehearsal.rehearse import bootstrap, program
 
 INVENTORY = "inventory/rehearsal.py"
 
@@ -77,6 +81,22 @@ class Deployed:
     def changed(self) -> list[str]:
         """What the newest run changed."""
         return [f"{line['host']}: {line['name']}" for line in self.record() if line.get("changed")]
+
+
+@contextmanager
+def deployed_lab(reports: Path, nodes: Sequence[str] = lab.NODES) -> Iterator[Deployed]:
+    """These nodes with a guest each, up and converged; down afterwards. What the commands leave lies in `reports`."""
+    if lab.is_up():
+        pytest.fail("a lab is up that these tests did not start: make lab-down")
+    try:
+        lab.up(nodes)
+        bootstrap()
+        hosts = Deployed(reports)
+        done = hosts.deploy()
+        assert done.status == 0, done.output[-4000:]
+        yield hosts
+    finally:
+        lab.down()
 
 
 def run(words: list[str], **environment: str) -> Outcome:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rehearsal import lab
-from rehearsal.rehearse import bootstrap
-from tests.lab.commands import Deployed
+from tests.lab.commands import Deployed, deployed_lab
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,14 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """Two nodes and two guests, up and converged."""
-    if lab.is_up():
-        pytest.fail("a lab is up that these tests did not start: make lab-down")
-    lab.up(["pve1", "pve2"])
-    try:
-        bootstrap()
-        hosts = Deployed(tmp_path_factory.mktemp("reports"))
-        done = hosts.deploy()
-        assert done.status == 0, done.output[-4000:]
+    with deployed_lab(tmp_path_factory.mktemp("reports"), ("pve1", "pve2")) as hosts:
         yield hosts
-    finally:
-        lab.down()
