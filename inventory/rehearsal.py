@@ -23,6 +23,9 @@ _everywhere = {
     "simulated": "rehearsal lab: PCI tree, IOMMU, NVIDIA driver and GPU, VM hardware and Ollama are stand-ins",
 }
 
+#: The stand-in's only model: the same bytes each time that it is built, so the same digest.
+_tiny = {"name": "tiny", "digest": "b8dedb491f9c2a421f4a18b9564d9ddb358bb0b6f177c4f30f01e3a5171d62f5"}
+
 nodes = [
     (
         f"@node/{name}",
@@ -71,7 +74,7 @@ guests = [
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": [_tiny], "max_queue": 16}},
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)
