@@ -77,6 +77,10 @@ class Service(Model):
                 raise ValueError(f"{instead} in `environment`")
         return self
 
+    def ports(self) -> list[int]:
+        """Those it has on the guest, `port` first."""
+        return [self.port]
+
 
 class OllamaModel(Model):
     """A model that Ollama must have."""
@@ -285,6 +289,9 @@ class Milvus(Service):
     collections: list[Collection] = []
     #: Backups of all collections that stay; one is made before each change of `image`.
     keep_backups: int = Field(default=3, ge=1)
+
+    def ports(self) -> list[int]:
+        return [self.port, self.metrics_port]
 
     @model_validator(mode="after")
     def consistent(self) -> Milvus:

@@ -253,7 +253,8 @@ def test_with_the_registry_away_nothing_is_pulled(start: Start) -> None:
     url = start(GPULAB_STAND_IN_MODELS="away")
     answer = requests.post(f"{url}/api/pull", json={"model": "tiny", "stream": False})
     assert answer.status_code == 500
-    assert '/v2/library/tiny/manifests/latest": dial tcp: lookup registry.ollama.ai: no such host' in answer.json()["error"]
+    words = "dial tcp: lookup registry.ollama.ai: no such host"
+    assert f'/v2/library/tiny/manifests/latest": {words}' in answer.json()["error"]
 
 
 def loaded(url: str) -> list[str]:
