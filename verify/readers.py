@@ -13,6 +13,7 @@ from typing import Any
 
 from inventory import Guest, Lab, Node, sharing
 from inventory.packages import TOOLKIT
+from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
@@ -36,7 +37,7 @@ SUBJECTS = (
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What a service is asked on its port, beside what its own checks ask.
-ASKS = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
+ASKS: dict[str, dict[str, Any]] = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
 #: Seconds for a container to be started, disturbed and removed.
@@ -152,7 +153,7 @@ class Readers:
             "engine": guest.engine.kind,
             "mount": guest.data_disk.mount,
             "services": {
-                name: {"ports": each.ports(), "asks": ASKS.get(name, {})}
+                name: {"ports": each.ports(), "asks": ASKS.get(name, {}) | shown(each)}
                 for name, each in guest.services.served().items()
             },
         }
@@ -185,6 +186,12 @@ class Readers:
             "user": sharing.client(guest).user,
         }
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
+
+
+def shown(service: Service) -> dict[str, Any]:
+    """What to ask for the models that Ollama made of files: it says of which."""
+    models = service.models if isinstance(service, Ollama) else []
+    return {f"show {each.name}": ["/api/show", {"model": each.name}] for each in models if each.gguf is not None}
 
 
 def machine(lab: Lab, host: str) -> Node | Guest:

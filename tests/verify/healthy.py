@@ -23,6 +23,22 @@ TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
 IDS = {"ollama": 64 * "1", "milvus": 64 * "2", "astro": 64 * "3"}
 CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
 
+#: The settings that Ollama's server was started with.
+OLLAMA = {
+    "OLLAMA_HOST": "0.0.0.0:11434",
+    "OLLAMA_CONTEXT_LENGTH": "8192",
+    "OLLAMA_NUM_PARALLEL": "1",
+    "OLLAMA_MAX_LOADED_MODELS": "1",
+    "OLLAMA_MAX_QUEUE": "128",
+    "OLLAMA_KEEP_ALIVE": "5m",
+    "OLLAMA_LOAD_TIMEOUT": "5m",
+    "OLLAMA_FLASH_ATTENTION": "1",
+    "OLLAMA_KV_CACHE_TYPE": "f16",
+    "OLLAMA_NO_CLOUD": "1",
+    "CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps",
+    "CUDA_MPS_LOG_DIRECTORY": "/var/log/nvidia-mps",
+    "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M",
+}
 #: Declares all that can be declared, so that each promise can be broken.
 PASSTHROUGH: dict[str, Any] = {
     "devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14, "reset_methods": ["flr", "bus"]}],
@@ -69,7 +85,14 @@ GUEST: dict[str, Any] = {
     ],
     "backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}, "spare_vmid": 901},
     "services": {
-        "ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"], "host_memory_mib": 8192},
+        "ollama": {
+            "image": f"ollama/ollama@{DIGEST}",
+            "models": [
+                {"name": "tiny", "digest": 64 * "d"},
+                {"name": "own", "gguf": "/srv/data/own.gguf", "gguf_sha256": 64 * "e"},
+            ],
+            "host_memory_mib": 8192,
+        },
         "milvus": {"image": f"milvusdb/milvus@{DIGEST}", "memory_budget_mib": 1024, "pool_init_mib": 256},
     },
 }
@@ -316,7 +339,9 @@ def healthy() -> dict[str, Any]:
                 "ollama": {
                     **served("ollama/ollama", "/srv/data/ollama", 11434, memory_mib=8192),
                     "version": {"json": {"version": "0.32.0"}},
-                    "tags": {"json": {"models": [{"name": "tiny:latest"}]}},
+                    "tags": {"json": {"models": tags()}},
+                    "show own": {"json": {"modelfile": f"# FROM own\n\nFROM /models/blobs/sha256-{64 * 'e'}\n"}},
+                    "environment": dict(OLLAMA),
                 },
                 "milvus": served("milvusdb/milvus", "/srv/data/milvus", 19530, 9091),
             },
@@ -419,8 +444,13 @@ def disturbed(**keys: Any) -> dict[str, Any]:
     return {"error": "", "before": said, "after": said, "same": True, "simulated": [], **keys}
 
 
-def ps_entry(size_vram: int) -> dict[str, Any]:
-    return {"name": "tiny:latest", "size_vram": size_vram}
+def tags(digest: str = 64 * "d") -> list[dict[str, str]]:
+    """Ollama's models, one of them of that digest."""
+    return [{"name": "tiny:latest", "digest": digest}, {"name": "own:latest", "digest": 64 * "f"}]
+
+
+def ps_entry(size_vram: int, context_length: int = 8192) -> dict[str, Any]:
+    return {"name": "tiny:latest", "size_vram": size_vram, "context_length": context_length}
 
 
 class Doctored:

@@ -25,6 +25,7 @@ from tests.verify.healthy import (
     ps_entry,
     specification,
     stored,
+    tags,
     verify,
 )
 
@@ -60,7 +61,12 @@ UNITS = "nvidia.units"
 #: What is promised of every service while it runs, and in any case.
 WHILE = ["gpu_visible", "loopback", "hardening"]
 ALWAYS = ["running", "image", "storage"]
-OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu"]}
+#: What Ollama has in memory.
+LOADED = ("context", "memory")
+OF_LOADED = {f"containers.ollama.{name}" for name in LOADED}
+#: One of each kind: its own, of the budget, of the way of sharing.
+SETTINGS = ("OLLAMA_CONTEXT_LENGTH", "OLLAMA_NO_CLOUD", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "CUDA_MPS_PIPE_DIRECTORY")
+OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu", *LOADED, "settings"]}
 MILVUS = {f"containers.milvus.{name}" for name in WHILE}
 ENGINE = {
     "containers.cdi",
@@ -368,12 +374,26 @@ CASES: list[Case] = [
         "containers.ollama.api",
         f"{SERVICES}.ollama.version",
         {"error": "Connection refused"},
-        {"containers.ollama.gpu"},
+        {"containers.ollama.gpu", *OF_LOADED},
     ),
     ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": []}}, set()),
+    ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": tags(64 * "0")}}, set()),
+    ("containers.ollama.models", f"{SERVICES}.ollama.show own", {"json": {"modelfile": "FROM tiny\n"}}, set()),
+    (
+        "containers.ollama.models",
+        f"{SERVICES}.ollama.show own.json.modelfile",
+        f"FROM /models/blobs/sha256-{64 * '1'}\n",
+        set(),
+    ),
+    *[("containers.ollama.settings", f"{SERVICES}.ollama.environment.{name}", "other", set()) for name in SETTINGS],
+    ("containers.ollama.settings", f"{SERVICES}.ollama.environment", {}, set()),
+    ("containers.ollama.context", "ollama_load.ps.json.models.0.context_length", 32768, set()),
+    ("containers.ollama.context", "ollama_load.ps.json.models.0.context_length", 0, set()),
+    ("containers.ollama.memory", "ollama_load.ps.json.models.0.size_vram", 8193 * 2**20, set()),
+    ("containers.ollama.memory", "ollama_load.ps.json.models", [ps_entry(1), ps_entry(1)], set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
-    ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, set()),
-    ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, set()),
+    ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, {"containers.ollama.context"}),
+    ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, OF_LOADED),
 ]
 
 
