@@ -175,7 +175,12 @@ def main() -> int:
     done += [had(each["name"], pull, url, each["name"], each["digest"]) for each in order["pull"]]
     # Only once all that is declared is there: the others may be what the lab still works with.
     if order["keep"] is not None and all(done):
-        done += [had(model, remove, url, model) for model in sorted(digests(url).keys() - order["keep"])]
+        try:
+            others = sorted(digests(url).keys() - order["keep"])
+        except Failed as failed:
+            print(failed, file=sys.stderr)
+            return 1
+        done += [had(model, remove, url, model) for model in others]
     return 0 if all(done) else 1
 
 
