@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rehearsal.registry import fixture, service
+from rehearsal.registry import fixture
+from rehearsal.registry.ollama import recipe
 
 #: Answers as llama.cpp's server does: three tokens and the figures. A prompt of `slow` takes a while.
 RUNNER = """
@@ -54,7 +55,7 @@ def servers(folder: Path) -> Iterator[Start]:
     """Servers whose models lie below `folder`; all of them end afterwards."""
     home = folder / "opt"
     (home / "available").mkdir(parents=True)
-    for path in service.OLLAMA.glob("*.py"):
+    for path in recipe.programs():
         (home / path.name).write_bytes(path.read_bytes())
     (home / "runner.py").write_text(RUNNER)
     fixture.write_tiny(home / "available/tiny_latest.gguf")
