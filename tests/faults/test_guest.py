@@ -85,6 +85,17 @@ def nvidia(**keys: object) -> Words:
     return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
 
 
+def ollama(**keys: object) -> Words:
+    """The same of `services.ollama`."""
+    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
+    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
+
+
+#: A GGUF of a version that nobody reads any more.
+BROKEN = b"GGUF\1\0\0\0"
+BROKEN_MODEL = {"name": "own", "gguf": "/srv/data/broken.gguf", "gguf_sha256": hashlib.sha256(BROKEN).hexdigest()}
+
+
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
 REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
 #: Both versions are in the repository; the pin allows them, and the guest has the newer one.
@@ -259,6 +270,35 @@ FAULTS = [
         both(sh(REMOVE_TOOLKIT), sh(FULL)),
         says="space",
         mend=sh("umount /var/cache/apt/archives"),
+    ),
+    Fault(
+        "a model that nobody has",
+        R,
+        nothing,
+        says="model nosuch: pull model manifest: file does not exist",
+        words=lambda: ollama(models=["nosuch"]),
+    ),
+    Fault(
+        "another digest than the model's declared",
+        R,
+        nothing,
+        says=f"declared is {64 * 'a'}; the model stays as it was pulled",
+        words=lambda: ollama(models=[{"name": "tiny", "digest": 64 * "a"}]),
+    ),
+    Fault(
+        "a broken GGUF",
+        R,
+        sh("printf 'GGUF\\1\\0\\0\\0' > /srv/data/broken.gguf"),
+        says="model own: unsupported version 1",
+        words=lambda: ollama(models=[BROKEN_MODEL]),
+        mend=sh("rm /srv/data/broken.gguf"),
+    ),
+    Fault(
+        "the registry of models away",
+        H,
+        nothing,
+        says="no such host",
+        words=lambda: ollama(models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
 ]
