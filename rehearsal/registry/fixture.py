@@ -12,7 +12,8 @@ LAYERS = 2
 WIDTH = 64
 HEADS = 4
 FEED_FORWARD = 128
-CONTEXT = 256
+#: Tokens of its "training": more than any inventory of the lab declares.
+CONTEXT = 32768
 SEED = 20261122
 
 

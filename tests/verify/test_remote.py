@@ -913,6 +913,13 @@ def observed(root: Path, name: str, *ports: int, asks: dict[str, str] | None = N
     return containers.observe({"engine": "docker", "services": services, "mount": "/srv"}, root)
 
 
+def test_only_settings_are_read_of_a_services_environment(tmp_path: Path) -> None:
+    put(tmp_path, "proc/7/environ", "OLLAMA_HOST=a=b\0HOME=/root\0HF_TOKEN=hidden\0CUDA_MPS_LOG_DIRECTORY=/var/log\0")
+
+    assert containers.environment(tmp_path, 7) == {"OLLAMA_HOST": "a=b", "CUDA_MPS_LOG_DIRECTORY": "/var/log"}
+    assert containers.environment(tmp_path, 8) == {}
+
+
 def test_service_is_read(tmp_path: Path, docker: None) -> None:
     found = observed(tmp_path, "ollama", 9, asks={"version": "/api/version"})
 

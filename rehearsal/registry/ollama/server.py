@@ -158,6 +158,8 @@ class Scheduler:
             keep = self.keep_of(request)
             model = self.store.get(name)
             context = int((request.get("options") or {}).get("num_ctx") or self.context)
+            # A model is not asked for more than it was trained with.
+            context = min(context, model.gguf.of_architecture("context_length") or context)
             runner = self._place(model, context, busy)
             if runner is None:
                 if self.waiting >= self.queue:
