@@ -41,7 +41,7 @@ def own(deployed: Deployed) -> dict[str, str]:
 
 
 def test_a_model_is_made_of_a_file_once(deployed: Deployed, own: dict[str, str]) -> None:
-    tiny = inventory.load(INVENTORY).guests[GUEST].services.ollama.models[0].model_dump()
+    (tiny,) = inventory.load(INVENTORY).guests[GUEST].services.model_dump()["ollama"]["models"]
     words = services(models=[tiny, own])
 
     plan = deployed.plan(*words)
@@ -78,7 +78,7 @@ def test_the_model_answers_with_llama_cpp(deployed: Deployed) -> None:
     assert len(parts) > 2
     assert parts[-1]["eval_count"] > 0
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    assert json.loads(ask(deployed, "/v1/chat/completions", body))["usage"]["completion_tokens"] == 4
+    assert json.loads(ask(deployed, "/v1/chat/completions", body))["usage"]["completion_tokens"] in range(1, 5)
     vectors = json.loads(ask(deployed, "/api/embed", {"model": "tiny", "input": ["a", "hello"]}))["embeddings"]
     assert [len(vector) for vector in vectors] == [64, 64]
 
