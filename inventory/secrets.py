@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,15 +35,29 @@ class Secrets:
     def put(self, cluster: str, name: str, value: str, host: str = CLUSTER) -> None:
         """Store the secret before it is used, so that a killed run cannot lose it."""
         with self._locked():
-            content = self._read()
-            content.setdefault(cluster, {}).setdefault(host, {})[name] = value
-            temporary = self.path.with_suffix(".new")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "w") as file:
-                json.dump(content, file, indent=2)
-                file.flush()
-                os.fsync(descriptor)
-            temporary.replace(self.path)
+            self._put(cluster, name, value, host)
+
+    def once(self, cluster: str, name: str, host: str = CLUSTER) -> str:
+        """The secret; a random one is stored the first time that it is asked for, be it by a plan."""
+        if (found := self.get(cluster, name, host)) is not None:
+            return found
+        with self._locked():
+            # Another run may have been first.
+            if (found := self.get(cluster, name, host)) is None:
+                found = secrets.token_urlsafe(32)
+                self._put(cluster, name, found, host)
+        return found
+
+    def _put(self, cluster: str, name: str, value: str, host: str) -> None:
+        content = self._read()
+        content.setdefault(cluster, {}).setdefault(host, {})[name] = value
+        temporary = self.path.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(self.path)
 
     def values(self) -> list[str]:
         """Every stored value, for masking and for tests that look for leaks."""

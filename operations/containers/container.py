@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyinfra.api import QuoteString, StringCommand
@@ -12,7 +13,7 @@ from pyinfra.api import QuoteString, StringCommand
 from inventory import GpulabError
 from operations import step
 from operations.containers.facts import EngineFacts
-from operations.containers.spec import ContainerSpec, difference, familiar
+from operations.containers.spec import GIVEN, ContainerSpec, difference, familiar
 from operations.facts import python
 from operations.remote import program
 
@@ -96,6 +97,7 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
                 "do": "replace" if actions.replace else "start",
                 "name": spec.name,
                 "create": spec.create(),
+                "network": "" if spec.network_name() in GIVEN else spec.network_name(),
                 "mounts": list(spec.mounts),
                 "folders": spec.folders(),
                 "owned": spec.owned(),
@@ -104,6 +106,7 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
                 "stop_s": spec.stop_s,
                 "deadline_s": spec.ready_s,
             },
+            _stdin=json.dumps([asdict(secret) for secret in spec.secret_files()]),
         )
 
 

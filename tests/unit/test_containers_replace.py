@@ -80,6 +80,7 @@ class Guest:
             "do": "replace",
             "name": "web",
             "create": ["new"],
+            "network": "",
             "mounts": [],
             "folders": [],
             "owned": {},
@@ -91,7 +92,7 @@ class Guest:
         }
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "DOCKER_STATE": str(self.state)}
         argv = [sys.executable, "-c", text, json.dumps(whole)]
-        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, input="[]")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields, replace
 from typing import Any
@@ -16,10 +17,19 @@ from inventory.sharing import Client
 from operations.containers.container import decide
 from operations.containers.engine import mount_unit
 from operations.containers.ollama import full_name, missing_models, ollama_spec
-from operations.containers.spec import ContainerSpec, difference, familiar
+from operations.containers.spec import ContainerSpec, Health, difference, familiar
 
 IMAGE = "registry.example/a@sha256:" + 64 * "a"
-SPEC = ContainerSpec("web", IMAGE, environment={"A": "1"}, ports={8080: 80}, volumes={"/srv/data/web": "/data"})
+SPEC = ContainerSpec(
+    "web",
+    IMAGE,
+    environment={"A": "1"},
+    ports={8080: 80},
+    volumes={"/srv/data/web": "/data"},
+    user="850:850",
+    secrets={"/run/secrets/root": "hidden-one"},
+    secrets_key="the lab's own key",
+)
 
 #: Another value for each field that `docker create` is told of.
 OTHER: dict[str, Any] = {
@@ -29,17 +39,29 @@ OTHER: dict[str, Any] = {
     "volumes": {"/srv/data/web": "/elsewhere"},
     "ports": {8081: 80},
     "devices": ("nvidia.com/gpu=all",),
-    "user": "1000",
+    "user": "1000:1000",
     "binds": {"/run/nvidia-mps": "/run/nvidia-mps"},
     "ipc": "host",
     "read_only": False,
     "tmpfs": ("/tmp", "/run"),
     "capabilities": ("CHOWN",),
     "memory_mib": 512,
+    "cpus": 1.5,
+    "pids": 100,
+    "shm_mib": 256,
+    "ulimits": {"nofile": 65536},
+    "secrets": {"/run/secrets/root": "other"},
+    "secrets_key": "another key",
+    "entrypoint": "/bin/web",
+    "health": Health(("curl", "-f", "http://127.0.0.1/")),
+    "restart": "no",
+    "network": "none",
+    "after": ("etcd",),
+    "stop_s": 60,
     "labels": {"a": "b"},
 }
 #: Asked from outside: a change of these takes no container down.
-OUTSIDE = {"name", "mounts", "probe", "stop_s", "ready_s"}
+OUTSIDE = {"name", "mounts", "probe", "ready_s"}
 
 
 def test_every_field_is_known_to_count_or_not() -> None:
@@ -72,6 +94,29 @@ def test_the_difference_names_what_goes_and_what_comes() -> None:
         "environment.A: 1 -> absent",
         "environment.B: absent -> 2",
     )
+
+
+def test_a_secret_is_a_file_of_the_user_and_shown_nowhere() -> None:
+    [secret] = SPEC.secret_files()
+    assert secret.source.startswith("/etc/gpulab/secrets/web/run-secrets-root.")
+    assert (secret.content, secret.uid, secret.gid) == ("hidden-one", 850, 850)
+    assert f"--mount=type=bind,source={secret.source},target=/run/secrets/root,readonly" in SPEC.create()
+    shown = json.dumps([SPEC.create(), SPEC.declaration(), repr(SPEC), repr(secret)])
+    unkeyed = hashlib.sha256(b"hidden-one").hexdigest()
+    assert not [text for text in ("hidden-one", unkeyed, unkeyed[:12], "the lab's own key") if text in shown]
+
+
+@given(content=st.text().map("hidden-{}".format), key=st.text(min_size=1))
+def test_a_secret_counts_by_a_digest_that_needs_the_key(content: str, key: str) -> None:
+    spec = replace(SPEC, secrets={"/run/secrets/root": content}, secrets_key=key)
+    assert content not in " ".join(spec.create())
+    assert (spec.digest() == SPEC.digest()) == ((content, key) == ("hidden-one", "the lab's own key"))
+
+
+def test_a_secret_needs_a_key_and_somebody_to_read_it() -> None:
+    for other in ({"secrets_key": ""}, {"user": ""}, {"user": "web"}):
+        with pytest.raises(ValueError, match="web: secrets need secrets_key, and a user in numbers"):
+            replace(SPEC, **other)
 
 
 def test_a_change_of_our_own_options_is_named() -> None:
@@ -132,7 +177,7 @@ def test_ollama_of_its_own_has_its_models_where_a_client_has_them_and_as_root() 
 
 @pytest.mark.parametrize("user", ["", "1000", "ollama", "ollama:ollama"])
 def test_folders_of_a_user_that_only_the_image_knows_stay_as_they_are(user: str) -> None:
-    assert replace(SPEC, user=user).owned() == {}
+    assert replace(SPEC, user=user, secrets={}).owned() == {}
 
 
 @pytest.mark.parametrize(

@@ -524,6 +524,15 @@ def test_secrets_survive_and_are_private(tmp_path: Path) -> None:
     assert secrets.path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_key_is_made_once(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path / "state")
+    key = secrets.once("pve1", "containers.key")
+
+    assert len(key) > 40
+    assert Secrets(tmp_path / "state").once("pve1", "containers.key") == key
+    assert secrets.once("pve1", "containers.key", "gpu01") != key
+
+
 def test_environment_overrides_the_secrets_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Secrets(tmp_path).put("pve1", "api_token", "file")
     monkeypatch.setenv("GPULAB_SECRET_PVE1_API_TOKEN", "environment")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Runs on the guest: put a container in the place of the one of its name, and put that one back when it fails."""
+"""Runs on the guest: put a container in the place of the one of its name, and put that one back when it fails.
+
+Secrets come over stdin. Each content has a file name of its own, so those of the container before are never touched.
+"""
 
 import json
 import os
@@ -13,6 +16,9 @@ from operations.remote.common import run
 
 #: Seconds between two looks at a container that is starting.
 INTERVAL_S = 0.25
+
+LABEL = "org.gpulab.service"
+SECRETS = "/etc/gpulab/secrets"
 
 
 class Failed(Exception):
@@ -40,8 +46,13 @@ def replace(order: dict[str, Any]) -> None:
     for folder in order["folders"]:
         os.makedirs(folder, mode=0o750, exist_ok=True)
     before = {folder: ids(folder) for folder in order["owned"]}
+    kept = f"{SECRETS}/{name}"
+    secrets = set(os.listdir(kept)) if os.path.isdir(kept) else set()
     if exists(new):
         docker("rm", "--force", new)
+    for secret in order["secrets"]:
+        put(secret)
+    network(order["network"], name)
     docker("create", "--pull", "never", "--name", new, *order["create"])
     if exists(name):
         if exists(previous):
@@ -59,9 +70,38 @@ def replace(order: dict[str, Any]) -> None:
         docker("rm", "--force", name)
         for folder, former in before.items():
             hand_over(folder, *former)
+        forget(kept, secrets)
         raise Failed(f"{words}\n{put_back(name, previous)}".rstrip()) from None
     if exists(previous):
         docker("rm", "--force", previous)
+    forget(kept, {os.path.basename(secret["source"]) for secret in order["secrets"]})
+
+
+def network(name: str, service: str) -> None:
+    """Make a network when it is missing. It stays when its first container fails: another may use it by then."""
+    if name and run("docker", "network", "inspect", "--format", "{{.Id}}", name)[0] != 0:
+        docker("network", "create", "--label", f"{LABEL}={service}", name)
+
+
+def put(secret: dict[str, Any]) -> None:
+    """A secret's file, there in whole or not at all; the folders are root's alone, the engine binds the file itself."""
+    folder, path = os.path.dirname(secret["source"]), secret["source"]
+    for each in (os.path.dirname(folder), folder):
+        os.makedirs(each, mode=0o700, exist_ok=True)
+    descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o400)
+    with open(descriptor, "w") as file:
+        file.write(secret["content"])
+        os.fchmod(descriptor, 0o400)
+        os.fchown(descriptor, secret["uid"], secret["gid"])
+        file.flush()
+        os.fsync(descriptor)
+    os.rename(f"{path}.new", path)
+
+
+def forget(folder: str, wanted: set[str]) -> None:
+    """Remove the secrets that no container has any more."""
+    for name in set(os.listdir(folder)) - wanted if os.path.isdir(folder) else ():
+        os.unlink(f"{folder}/{name}")
 
 
 def ids(path: str) -> tuple[int, int]:
@@ -137,7 +177,7 @@ def last_lines(name: str) -> str:
 
 
 def main() -> int:
-    order = json.loads(sys.argv[1])
+    order = {**json.loads(sys.argv[1]), "secrets": json.load(sys.stdin)}
     try:
         # A start is a replacement that was done already.
         {"replace": replace, "start": start}[order["do"]](order)
