@@ -4,6 +4,7 @@
 import base64
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def units(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             "skipped": tried and keys.get("ConditionResult") == "no",
         }
     return found
+
+
+def same_memory(told: str, wanted: int | None) -> bool:
+    """Does MPS' daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down: 4095 is `3G`.
+
+    + wanted: None: no limit, which it tells by saying nothing
+    """
+    amount = re.fullmatch(r"([0-9]+)([GM])", told)
+    if wanted is None or amount is None:
+        return wanted is None and not told
+    return int(amount[1]) == (wanted if amount[2] == "M" else wanted // 1024)
 
 
 def answer(read: Callable[..., Any]) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inventory.packages import DEBIAN_13, TOOLKIT
+from verify.conftest import OBSERVATIONS, RESULTS, fixtures_of
 from verify.hosts import Unreachable, Unreadable
-from verify.observations import READER
+from verify.observations import READER, Observations
+from verify.verdicts import Result
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "sha256:" + 64 * "a"
@@ -476,6 +479,47 @@ class Doctored:
         return answer
 
 
+#: Fixtures by which a check reads a subject of another name.
+READS = {"pci_tree": "hypervisor"}
+
+
+class Series(Doctored):
+    """The checks, collected once and run again for each of these observations, which may differ in one subject.
+
+    A check is run when it reads that subject; all are for the first of it. None may read what its fixtures do not name.
+    """
+
+    def __init__(self, subject: str, observations: Sequence[dict[str, Any]]) -> None:
+        super().__init__(healthy())
+        self.subject = subject
+        self.series = observations
+        self.judged: list[Judged] = []
+        self._reads: frozenset[str] = frozenset()
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        assert subject in self._reads, f"reads {subject}, which is none of its fixtures"
+        return super().read(host, subject)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        stash = session.config.stash
+        stash[OBSERVATIONS].close()
+        whole: dict[str, Result] = {}
+        for number, observations in enumerate(self.series):
+            self.observations, stash[RESULTS] = observations, {}
+            for item in session.items:
+                self._reads = frozenset(READS.get(name, name) for name in fixtures_of(item))
+                if number == 0 or self.subject in self._reads:
+                    # Nothing is read ahead: what a check reads, it reads while it runs.
+                    stash[OBSERVATIONS] = Observations(self.read)
+                    session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            self.judged.append(Judged([asdict(result) for result in stash[RESULTS].values()]))
+            whole = whole or stash[RESULTS]
+        # The report that is written now is of a whole run.
+        stash[RESULTS] = whole
+        return True
+
+
 def api_refused() -> dict[str, Any]:
     """The observations of a lab whose token was revoked."""
     state = "the API of pve1 refuses the token"
@@ -484,27 +528,36 @@ def api_refused() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Judged:
+    """What the checks came to."""
+
+    results: list[dict[str, Any]]
+
+    def ids(self, *verdicts: str) -> set[str]:
+        """Ids of the checks that came to one of these verdicts."""
+        return {result["id"] for result in self.results if result["verdict"] in verdicts}
+
+    def result(self, id_: str) -> dict[str, Any]:
+        found = [result for result in self.results if result["id"] == id_]
+        assert len(found) == 1, f"{len(found)} results of {id_}"
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Verified(Judged):
     """A verify run that has ended."""
 
     status: int
     json: dict[str, Any]
     html: str
 
-    def ids(self, *verdicts: str) -> set[str]:
-        """Ids of the checks that came to one of these verdicts."""
-        return {result["id"] for result in self.json["results"] if result["verdict"] in verdicts}
-
-    def result(self, id_: str) -> dict[str, Any]:
-        found: list[dict[str, Any]] = [result for result in self.json["results"] if result["id"] == id_]
-        assert len(found) == 1, f"{len(found)} results of {id_}"
-        return found[0]
-
 
 def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
     """Run verify inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
     arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}"]
-    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    # The last one would collect garbage ten times a run, for what the tests' own pytest tells as well.
+    quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))
-    return Verified(status, json.loads((folder / "verify.json").read_text()), (folder / "index.html").read_text())
+    report = json.loads((folder / "verify.json").read_text())
+    return Verified(report["results"], status, report, (folder / "index.html").read_text())

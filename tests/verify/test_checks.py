@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.verify.healthy import (
     PASSTHROUGH,
     WORDS,
     Doctored,
+    Judged,
+    Series,
     computing,
     disturbed,
     function,
@@ -408,12 +411,37 @@ def doctored(place: str, value: Any) -> dict[str, Any]:
     return observations
 
 
-@pytest.mark.parametrize(("id_", "place", "value", "blocked"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
-def test_exactly_the_broken_promise_fails(tmp_path: Path, id_: str, place: str, value: Any, blocked: set[str]) -> None:
-    node_only = id_.startswith("hypervisor.")
-    limit = [] if place != "reach" else ["--limit", "pve1" if node_only else "gpu01"]
+def together(case: Case) -> tuple[str, tuple[str, ...]]:
+    """The subject that a case changes and the hosts to verify: cases that have both in common are one series."""
+    subject = case[1].partition(".")[0]
+    if subject != "reach":
+        return subject, ()
+    # Of what is not reached nothing else is checked, and the same goes for the other host here.
+    return subject, ("--limit", "pve1" if case[0].startswith("hypervisor.") else "gpu01")
 
-    run = verify(lab_file(tmp_path), *limit, plugin=Doctored(doctored(place, value)))
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Judged]:
+    """What the checks came to in a case. A series is run when it is first asked for."""
+    known: dict[int, Judged] = {}
+
+    def of(case: Case) -> Judged:
+        if id(case) not in known:
+            cases = [other for other in CASES if together(other) == together(case)]
+            subject, limit = together(case)
+            series = Series(subject, [doctored(place, value) for _, place, value, _ in cases])
+            verify(lab_file(tmp_path_factory.mktemp(subject)), *limit, plugin=series)
+            known.update(zip(map(id, cases), series.judged, strict=True))
+        return known[id(case)]
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_exactly_the_broken_promise_fails(judged: Callable[[Case], Judged], case: Case) -> None:
+    id_, _, _, blocked = case
+
+    run = judged(case)
 
     assert run.ids("fail", "inconclusive") == {id_}
     assert run.ids("not run") == blocked
