@@ -173,4 +173,12 @@ with run.of_host() as part:
                 models=[model.name for model in ollama.models],
                 environment=ollama.environment,
                 client=sharing.client(guest),
+                engine=guest.engine.kind,
             )
+    if guest:
+        containers.undeclared(
+            name="Look for containers that are not declared",
+            names=list(guest.services.declared()),
+            engine=guest.engine.kind,
+            prune=guest.prune,
+        )

@@ -21,6 +21,7 @@ class Kind(Enum):
     REBOOT = "reboot"
     REFUSED = "refused"
     WAITS = "waits"
+    REMAINS = "remains"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
             if entry.kind is Kind.REBOOT:
                 reboot = f"yes ({', '.join(entry.lines)})" + mark
                 continue
-            word = {Kind.REFUSED: "refused: ", Kind.WAITS: "waits: "}.get(entry.kind, "")
+            word = {Kind.CHANGE: "", Kind.REBOOT: ""}.get(entry.kind, f"{entry.kind.value}: ")
             lines.append(f"  {word}{entry.subject}{mark}")
             lines += [f"      {line}" for line in entry.lines]
         if len(lines) == 1:

@@ -119,6 +119,11 @@ def waits(subject: str, lines: tuple[str, ...] = ()) -> None:
     _record(plan.Entry(host.name, subject, lines, plan.Kind.WAITS, assumed()))
 
 
+def remains(subject: str, lines: tuple[str, ...] = ()) -> None:
+    """Tell of something on this host that the inventory does not declare, and that is left as it is."""
+    _record(plan.Entry(host.name, subject, lines, plan.Kind.REMAINS, assumed()))
+
+
 def assumed() -> bool:
     """Is this host planned from nothing, because it does not exist yet?"""
     return bool(getattr(host.connector, "assumed", False))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from inventory.sharing import Client
 from operations import step
@@ -37,6 +37,7 @@ def ollama_spec(
     data: str,
     environment: Mapping[str, str],
     client: Client = ANY_CLIENT,
+    engine: Literal["docker", "podman"] = "docker",
 ) -> ContainerSpec:
     """The container of Ollama; see `ollama()` for the values."""
     ours = {
@@ -59,6 +60,7 @@ def ollama_spec(
         user=client.user or "0:0",
         ipc=client.ipc,
         probe=f"http://127.0.0.1:{port}/api/version",
+        engine=engine,
     )
 
 
@@ -85,6 +87,7 @@ def ollama(
     models: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     client: Client = ANY_CLIENT,
+    engine: Literal["docker", "podman"] = "docker",
 ) -> step.Commands:
     """
     Ensure that Ollama runs on the GPU within its memory budget and has its models.
@@ -100,8 +103,9 @@ def ollama(
     + models: models that must be present; absent ones are pulled
     + environment: further settings of Ollama
     + client: what the way of sharing asks of a process that uses the card
+    + engine: the guest's container engine
     """
-    spec = ollama_spec(image, port, memory_budget_mib, card_memory_mib, data, environment or {}, client)
+    spec = ollama_spec(image, port, memory_budget_mib, card_memory_mib, data, environment or {}, client, engine)
     url = f"http://127.0.0.1:{port}"
     found = read(spec, models=f"{url}/api/tags")
     actions = decide(found, spec)

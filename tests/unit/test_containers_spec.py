@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from inventory import GpulabError
 from inventory.sharing import Client
 from operations.containers.container import decide
-from operations.containers.engine import mount_unit
 from operations.containers.ollama import full_name, missing_models, ollama_spec
+from operations.containers.quadlet import mount_unit
 from operations.containers.spec import ContainerSpec, Health, difference, familiar
 
 IMAGE = "registry.example/a@sha256:" + 64 * "a"
