@@ -172,9 +172,7 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
         else:
             order["network"] = "" if spec.network_name() in GIVEN else spec.network_name()
             order["create"] = spec.create()
-        yield Told(
-            *_words(_PROGRAMS[spec.engine], order), explain=partial(_not_ready, spec), _stdin=json.dumps(given)
-        )
+        yield Told(*_words(_PROGRAMS[spec.engine], order), explain=partial(_not_ready, spec), _stdin=json.dumps(given))
 
 
 def _words(script: str, argument: Any) -> tuple[Any, ...]:
@@ -186,9 +184,7 @@ def _not_pulled(spec: ContainerSpec, output: str) -> GpulabError:
     said = (output.strip().splitlines() or ["it said nothing"])[-1].strip()
     known = (meaning for words, meaning in _REASONS.items() if words.lower() in said.lower())
     reason, hint = next(known, ("it could not be pulled", "the line above is the engine's own"))
-    return GpulabError(
-        f"{spec.name}: {reason}", f"{spec.image}\n{said}\nNo container was stopped or changed.", hint
-    )
+    return GpulabError(f"{spec.name}: {reason}", f"{spec.image}\n{said}\nNo container was stopped or changed.", hint)
 
 
 def _not_ready(spec: ContainerSpec, output: str) -> GpulabError:

@@ -15,7 +15,7 @@ DAEMON = "/etc/docker/daemon.json"
 GPU01 = ("--limit", "gpu01")
 #: The same lab with Podman on its first guest. Group data lies beside the original.
 PODMAN = """
-guests[0][1].update(engine={"kind": "podman"}, services={})
+guests[0][1].update(engine={"kind": "podman"})
 for _name, _data in guests:
     _data["_sudo"] = True
 """

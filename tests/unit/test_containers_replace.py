@@ -75,7 +75,7 @@ class Guest:
         return {name: (item["status"], item["image"]) for name, item in found.items()}
 
     def replace(self, **order: Any) -> subprocess.CompletedProcess[str]:
-        text = program(str(Path(operations.__file__).parent / "containers" / "facts.py"), "replace")
+        text = program(str(Path(operations.__file__).parent / "containers" / "facts.py"), "service", "replace")
         whole = {
             "do": "replace",
             "name": "web",
@@ -92,7 +92,7 @@ class Guest:
         }
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "DOCKER_STATE": str(self.state)}
         argv = [sys.executable, "-c", text, json.dumps(whole)]
-        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, input="[]")
+        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, input='{"secrets": []}')
 
 
 @pytest.fixture

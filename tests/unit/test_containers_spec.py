@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from inventory import GpulabError
 from inventory.sharing import Client
+from operations.containers import quadlet
 from operations.containers.container import decide
 from operations.containers.ollama import full_name, missing_models, ollama_spec
 from operations.containers.quadlet import mount_unit
@@ -60,8 +61,8 @@ OTHER: dict[str, Any] = {
     "stop_s": 60,
     "labels": {"a": "b"},
 }
-#: Asked from outside: a change of these takes no container down.
-OUTSIDE = {"name", "mounts", "probe", "ready_s"}
+#: Asked from outside: a change of these takes no container down. Another engine has other containers.
+OUTSIDE = {"name", "mounts", "probe", "ready_s", "engine"}
 
 
 def test_every_field_is_known_to_count_or_not() -> None:
@@ -72,6 +73,7 @@ def test_every_field_is_known_to_count_or_not() -> None:
 def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name: str) -> None:
     changed = replace(SPEC, **{name: OTHER[name]})
     assert changed.digest() != SPEC.digest()
+    assert quadlet.digest(changed) != quadlet.digest(SPEC)
     lines = difference(json.dumps(SPEC.declaration()), changed)
     assert lines
     assert lines != difference(json.dumps(SPEC.declaration()), SPEC)
@@ -80,6 +82,8 @@ def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name:
 @pytest.mark.parametrize(("name", "value"), [("probe", "http://127.0.0.1/"), ("ready_s", 5), ("mounts", ("/srv",))])
 def test_what_is_asked_from_outside_recreates_nothing(name: str, value: Any) -> None:
     assert replace(SPEC, **{name: value}).digest() == SPEC.digest()
+    # Podman's unit waits for its disks.
+    assert (quadlet.digest(replace(SPEC, **{name: value})) == quadlet.digest(SPEC)) == (name != "mounts")
 
 
 @given(st.permutations(["A", "B", "C", "D"]))

@@ -81,6 +81,8 @@ def podman(inside: bool) -> dict[str, Any] | None:
 
     None: it is absent.
     """
+    # A line of the cgroups' version would stand in every answer of nvidia-smi.
+    os.environ["PODMAN_IGNORE_CGROUPSV1_WARNING"] = "1"
     status, output, error = run("podman", "info", "--format", "json")
     if status == 127:
         return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs on the guest: put a service of Podman's in the place of the one of its name, and that one back when it fails."""
 
+import json
 import os
 import sys
 import tempfile
@@ -120,22 +121,25 @@ def unready(name: str) -> str:
         raise Failed(f"{name} ended with status {found['ExecMainStatus']} ({found['Result']})")
     if found["ActiveState"] != "active":
         return f"it is {found['ActiveState']} ({found['SubState']})"
-    status, output, error = run("podman", "inspect", "--format", "{{.State.Status}} {{.State.Health.Status}}", name)
-    words = output.split()
-    if status != 0 or not words:
+    status, output, error = run("podman", "container", "inspect", name)
+    if status != 0:
         return f"podman inspect: {error.strip()}"
-    if words[0] != "running":
-        return f"it is {words[0]}"
+    inside = json.loads(output)[0]["State"]
+    if inside["Status"] != "running":
+        return f"it is {inside['Status']}"
     # Without a health check there is no word, or an empty one.
-    return f"its health check says {words[1]}" if words[1:] and words[1] not in ("healthy", "<no") else ""
+    health = (inside.get("Health") or {}).get("Status") or "healthy"
+    return "" if health == "healthy" else f"its health check says {health}"
 
 
 def last_words(name: str) -> str:
     """Of the container, or of systemd where there is none any more."""
     said = last_lines("podman", name)
     words = ("-u", f"{name}.service", "-n", "15", "-o", "cat", "--no-pager", "-q")
-    return said if run("podman", "container", "exists", name)[0] == 0 else (
-        f"Its unit's last lines:\n{run('journalctl', *words)[1].rstrip()}"
+    return (
+        said
+        if run("podman", "container", "exists", name)[0] == 0
+        else (f"Its unit's last lines:\n{run('journalctl', *words)[1].rstrip()}")
     )
 
 
@@ -166,6 +170,8 @@ def used(network: str) -> bool:
 
 
 def main() -> int:
+    # Of cgroups v1, with each command; it would stand between a service's last lines.
+    os.environ["PODMAN_IGNORE_CGROUPSV1_WARNING"] = "1"
     return do(given(), replace=replace, start=start, remove=remove)
 
 
