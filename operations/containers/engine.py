@@ -15,7 +15,7 @@ from operations.containers import podman
 from operations.containers.facts import EngineFacts
 from operations.containers.quadlet import mount_unit
 from operations.containers.settings import DAEMON, daemon_settings, log_driver, parsed, same
-from operations.containers.spec import SERVICE
+from operations.containers.spec import AFTER, SERVICE
 from operations.facts import python
 from operations.files import File, render
 from operations.plan import file_diff
@@ -81,7 +81,7 @@ def decide(
     disk = {"data": data, "mount_unit": mount_unit(data)}
     wanted: dict[str, File | None] = {
         UNIT_FILE: File(render("containers/gpulab-containers.service.j2", program=PROGRAM, guard=GUARD, **disk)),
-        PROGRAM: File(render("containers/start-containers.sh.j2", label=SERVICE), mode=0o755),
+        PROGRAM: File(render("containers/start-containers.sh.j2", label=SERVICE, after=AFTER), mode=0o755),
         GUARD_FILE: File(render("containers/gpulab-data-disk.service.j2", program=GUARD_PROGRAM, **disk)),
         GUARD_PROGRAM: File(render("containers/stop-containers.sh.j2", label=SERVICE), mode=0o755),
         **dict.fromkeys(podman.settings()),

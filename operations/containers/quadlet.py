@@ -96,7 +96,7 @@ def _unit(spec: ContainerSpec) -> Pairs:
     yield "StartLimitIntervalSec", "0"
     # Not without the data disk, and down with it: `Requires` alone would let it go on when the disk is unmounted.
     for mount in spec.mounts:
-        yield "RequiresMountsFor", _escaped(mount)
+        yield "RequiresMountsFor", mount.replace("%", "%%")
         yield "BindsTo", mount_unit(mount)
     for other in spec.after:
         yield "Requires", f"{other}.service"
