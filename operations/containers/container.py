@@ -183,7 +183,7 @@ def _not_pulled(spec: ContainerSpec, output: str) -> GpulabError:
     """Why a pull failed. No container was touched."""
     said = (output.strip().splitlines() or ["it said nothing"])[-1].strip()
     known = (meaning for words, meaning in _REASONS.items() if words.lower() in said.lower())
-    reason, hint = next(known, ("it could not be pulled", "the line above is the engine's own"))
+    reason, hint = next(known, ("its image could not be pulled", "the line above is the engine's own"))
     return GpulabError(f"{spec.name}: {reason}", f"{spec.image}\n{said}\nNo container was stopped or changed.", hint)
 
 

@@ -139,6 +139,7 @@ def test_podman_takes_dockers_place_and_gives_it_back(deployed: Any, tmp_path: P
         "inactive",
         "inactive",
     ]
+    assert "GPU 0" in deployed.on("gpu01", "podman", "exec", "ollama", "nvidia-smi", "-L")
     write(deployed, "/etc/containers/systemd/gpu.container", QUADLET)
     deployed.on("gpu01", "systemctl", "daemon-reload")
     deployed.on("gpu01", "systemctl", "start", "gpu.service")
