@@ -44,6 +44,14 @@ def test_refusal_is_counted_and_no_change() -> None:
     assert plan.render(["pve1"]).endswith("plan: 0 changes, 0 reboots, 1 refused")
 
 
+def test_what_remains_is_told_and_no_change() -> None:
+    plan = Plan()
+    plan.add(Entry("gpu01", "container web is not declared", (), Kind.REMAINS))
+
+    assert plan.render(["gpu01"]).splitlines()[1] == "  remains: container web is not declared"
+    assert plan.render(["gpu01"]).endswith("plan: 0 changes, 0 reboots")
+
+
 def test_step_that_is_evaluated_twice_stands_once() -> None:
     plan = Plan()
     for _ in range(2):
