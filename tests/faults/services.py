@@ -52,7 +52,6 @@ FULL = """mkdir -p /var/lib/docker/tmp
 mount -t tmpfs -o size=64k full /var/lib/docker/tmp"""
 AWAY = "iptables -I OUTPUT -p tcp --dport 5000 -j REJECT --reject-with tcp-reset"
 NETWORK_GONE = """docker stop ollama > /dev/null
-docker network disconnect --force gpulab-ollama ollama
 docker network rm gpulab-ollama"""
 FOREIGN = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
 docker rm --force ollama > /dev/null
