@@ -140,6 +140,13 @@ def test_podman_takes_dockers_place_and_gives_it_back(deployed: Any, tmp_path: P
         "inactive",
     ]
     assert "GPU 0" in deployed.on("gpu01", "podman", "exec", "ollama", "nvidia-smi", "-L")
+    # Down with the data disk, and up with it.
+    for act, state in ((("umount", "--lazy", "/srv/data"), 3), (("systemctl", "start", "srv-data.mount"), 0)):
+        deployed.on("gpu01", *act)
+        deadline = time.monotonic() + 60
+        while host.run("gpu01", ["systemctl", "is-active", "ollama"]).returncode != state:
+            assert time.monotonic() < deadline, act
+            time.sleep(0.5)
     write(deployed, "/etc/containers/systemd/gpu.container", QUADLET)
     deployed.on("gpu01", "systemctl", "daemon-reload")
     deployed.on("gpu01", "systemctl", "start", "gpu.service")

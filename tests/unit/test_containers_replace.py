@@ -44,7 +44,8 @@ match words[0]:
         item = get(words[-1])
         health = "unhealthy" if item["image"] in state.get("unhealthy", []) else "healthy"
         found = {{"Status": item["status"], "ExitCode": 1, "Error": "", "Health": {{"Status": health}}}}
-        print(json.dumps({{"RestartCount": 0, "State": found}}))
+        networks = {{"Networks": {{name: {{}} for name in state.get("connected", [])}}}}
+        print(json.dumps({{"RestartCount": 0, "State": found, "NetworkSettings": networks}}))
     case "create":
         if state.get("refuse"):
             fail("invalid mount config")
@@ -272,11 +273,25 @@ def test_the_old_secret_is_there_for_the_container_that_is_put_back(guest: Guest
 
 
 def test_one_that_cannot_be_started_is_made_anew(guest: Guest) -> None:
-    guest.set({"web": "old"}, unstartable=["old"])
+    guest.set({"web": "old"}, unstartable=["old"], connected=["gpulab-web"])
     done = guest.replace(do="start", network="gpulab-web")
     assert done.returncode == 0, done.stderr
     assert "network gpulab-web not found; it is made anew" in done.stderr
     assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_one_that_was_taken_from_its_network_is_made_anew(guest: Guest) -> None:
+    guest.set({"web": "old"}, connected=["bridge"])
+    done = guest.replace(do="start", network="gpulab-web")
+    assert done.returncode == 0, done.stderr
+    assert "web is not connected to gpulab-web; it is made anew" in done.stderr
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_one_that_was_only_stopped_is_not_made_anew(guest: Guest) -> None:
+    guest.set({"web": "old"}, connected=["gpulab-web"])
+    assert guest.replace(do="start", network="gpulab-web").returncode == 0
+    assert guest.containers() == {"web": ("running", "old")}
 
 
 def test_a_service_goes_with_its_network_and_secrets(guest: Guest) -> None:

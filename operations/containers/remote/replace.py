@@ -58,6 +58,11 @@ def network(name: str, service: str) -> None:
         docker("network", "create", "--label", f"{LABEL}={service}", name)
 
 
+def networks(name: str) -> list[str]:
+    """Those that a container is connected to; it would start without one that it was taken from."""
+    return list(json.loads(docker("inspect", "--format", "{{json .}}", name))["NetworkSettings"]["Networks"] or {})
+
+
 def put_back(name: str, previous: str) -> str:
     """Start the container that was stopped, if there was one; what came of it."""
     if not exists(previous):
@@ -77,8 +82,10 @@ def start(order: dict[str, Any]) -> None:
 
 
 def start_again(order: dict[str, Any]) -> None:
-    """Start one that was stopped. One that can't be started, as its network is gone, is made anew."""
+    """Start one that was stopped. One that can't be started, or has lost its network, is made anew."""
     try:
+        if order["network"] and order["network"] not in networks(order["name"]):
+            raise Failed(f"{order['name']} is not connected to {order['network']}")
         docker("start", order["name"])
     except Failed as failed:
         print(f"{failed}; it is made anew", file=sys.stderr)
