@@ -171,7 +171,14 @@ with run.of_host() as part:
                 card_memory_mib=card.memory_mib,
                 data=guest.data_disk.mount,
                 client=sharing.client(guest, budget_mib=ollama.memory_budget_mib, processes=ollama.max_loaded_models),
+                engine=guest.engine.kind,
                 _ignore_errors=True,
             )
     if guest:
+        containers.undeclared(
+            name="Look for containers that are not declared",
+            names=list(guest.services.declared()),
+            engine=guest.engine.kind,
+            prune=guest.prune,
+        )
         run.services_settled(name="Check that every service took its declaration")

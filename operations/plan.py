@@ -65,7 +65,7 @@ class Plan:
             if entry.kind is Kind.REBOOT:
                 reboot = f"yes ({', '.join(entry.lines)})" + mark
                 continue
-            word = {Kind.REFUSED: "refused: ", Kind.WAITS: "waits: ", Kind.NOTE: "note: "}.get(entry.kind, "")
+            word = {Kind.CHANGE: "", Kind.REBOOT: ""}.get(entry.kind, f"{entry.kind.value}: ")
             lines.append(f"  {word}{entry.subject}{mark}")
             lines += [f"      {line}" for line in entry.lines]
         if all(entry.kind in (Kind.NOTE, Kind.REBOOT) for entry in self.of(host)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pyinfra import host
 from pyinfra.api import StringCommand
@@ -61,7 +61,13 @@ class Models:
         return bool(self.make or self.pull or self.remove)
 
 
-def ollama_spec(declared: Ollama, card_memory_mib: int, data: str, client: Client = ANY_CLIENT) -> ContainerSpec:
+def ollama_spec(
+    declared: Ollama,
+    card_memory_mib: int,
+    data: str,
+    client: Client = ANY_CLIENT,
+    engine: Literal["docker", "podman"] = "docker",
+) -> ContainerSpec:
     """The container of Ollama; see `ollama()` for the values."""
     ours = {
         **client.environment,
@@ -95,6 +101,7 @@ def ollama_spec(declared: Ollama, card_memory_mib: int, data: str, client: Clien
         # The image has no curl. `ps` asks the server what it has loaded.
         health=Health(("ollama", "ps"), interval_s=15, timeout_s=10, start_s=30),
         probe=f"http://127.0.0.1:{declared.port}/api/version",
+        engine=engine,
     )
 
 
@@ -161,7 +168,13 @@ def not_had(name: str, output: str) -> GpulabError:
 
 
 @step.step
-def ollama(declared: Mapping[str, Any], card_memory_mib: int, data: str, client: Client = ANY_CLIENT) -> step.Commands:
+def ollama(
+    declared: Mapping[str, Any],
+    card_memory_mib: int,
+    data: str,
+    client: Client = ANY_CLIENT,
+    engine: Literal["docker", "podman"] = "docker",
+) -> step.Commands:
     """
     Ensure that Ollama runs on the GPU within its memory budget, with its settings, and has its models.
 
@@ -173,9 +186,10 @@ def ollama(declared: Mapping[str, Any], card_memory_mib: int, data: str, client:
     + card_memory_mib: device memory of the card
     + data: mount point of the data disk
     + client: what the way of sharing asks of a process that uses the card
+    + engine: the guest's container engine
     """
     service = Ollama.model_validate(declared)
-    spec = ollama_spec(service, card_memory_mib, data, client)
+    spec = ollama_spec(service, card_memory_mib, data, client, engine)
     url = f"http://127.0.0.1:{service.port}"
     found = step.read(
         OllamaFacts,

@@ -14,8 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,38 +23,14 @@ import inventory
 from rehearsal import host, paths
 from tests.lab.commands import INVENTORY, Deployed, deployed_lab
 
-from . import table
+from . import services, table
+from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
 from .table import Row, Verdict
 
-GUEST = "gpu01"
 #: Makes the simulated card answer differently: see rehearsal/nvidia/source/gpu.h.
 CARD = "/var/lib/lab-hardware/nvml.conf"
-S, R, H = Verdict.SURVIVED, Verdict.REFUSED, Verdict.HEALED
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
-
-Act = Callable[[Deployed], object]
-Words = tuple[str, ...]
-
-
-def nothing(deployed: Deployed) -> None:
-    """Nobody has to do anything."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`says`: stands in what the first deploy prints, and `checks`: what verify fails at before it.
-
-    `words`: of that deploy alone. `mend`: what only somebody else than a deploy can put right.
-    """
-
-    injected: str
-    expected: Verdict
-    inject: Act
-    says: str = ""
-    checks: tuple[str, ...] = ()
-    words: Callable[[], Words] = tuple
-    mend: Act = nothing
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +38,6 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """One node and one guest, up and converged."""
     with deployed_lab(tmp_path_factory.mktemp("reports")) as hosts:
         yield hosts
-
-
-def sh(script: str) -> Act:
-    """A shell script in the guest, without SSH."""
-    return lambda deployed: deployed.on(GUEST, "sh", "-ec", script)
-
-
-def meanwhile(script: str) -> Act:
-    """The same, going on beside what comes next."""
-    return lambda deployed: deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-ec", script)
-
-
-def both(*acts: Act) -> Act:
-    return lambda deployed: [act(deployed) for act in acts]
 
 
 def nvidia(**keys: object) -> Words:
@@ -301,6 +262,7 @@ FAULTS = [
         words=lambda: ollama(models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
+    *services.FAULTS,
 ]
 
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inventory import GpulabError
+from operations.containers import quadlet
 from operations.containers.container import decide
-from operations.containers.engine import mount_unit
+from operations.containers.quadlet import mount_unit
 from operations.containers.spec import ContainerSpec, Health, difference, familiar
 
 IMAGE = "registry.example/a@sha256:" + 64 * "a"
@@ -58,8 +59,8 @@ OTHER: dict[str, Any] = {
     "stop_s": 60,
     "labels": {"a": "b"},
 }
-#: Asked from outside: a change of these takes no container down.
-OUTSIDE = {"name", "mounts", "probe", "ready_s"}
+#: Asked from outside: a change of these takes no container down. Another engine has other containers.
+OUTSIDE = {"name", "mounts", "probe", "ready_s", "engine"}
 
 
 def test_every_field_is_known_to_count_or_not() -> None:
@@ -70,6 +71,7 @@ def test_every_field_is_known_to_count_or_not() -> None:
 def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name: str) -> None:
     changed = replace(SPEC, **{name: OTHER[name]})
     assert changed.digest() != SPEC.digest()
+    assert quadlet.digest(changed) != quadlet.digest(SPEC)
     lines = difference(json.dumps(SPEC.declaration()), changed)
     assert lines
     assert lines != difference(json.dumps(SPEC.declaration()), SPEC)
@@ -78,6 +80,8 @@ def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name:
 @pytest.mark.parametrize(("name", "value"), [("probe", "http://127.0.0.1/"), ("ready_s", 5), ("mounts", ("/srv",))])
 def test_what_is_asked_from_outside_recreates_nothing(name: str, value: Any) -> None:
     assert replace(SPEC, **{name: value}).digest() == SPEC.digest()
+    # Podman's unit waits for its disks.
+    assert (quadlet.digest(replace(SPEC, **{name: value})) == quadlet.digest(SPEC)) == (name != "mounts")
 
 
 @given(st.permutations(["A", "B", "C", "D"]))
