@@ -65,13 +65,20 @@ guests = [
             },
             "tenants": [
                 {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
-                {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
+                {
+                    "name": "ml",
+                    "active_thread_percentage": 40,
+                    "memory_limit_mib": 2048,
+                    "priority": "below-normal",
+                },
             ],
             "engine": _lab.get("engine", {}),
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+            "services": {
+                "ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"], "memory_budget_mib": 6144},
+            },
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)
