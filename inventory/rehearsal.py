@@ -73,6 +73,7 @@ guests = [
                 },
             ],
             "engine": _lab.get("engine", {}),
+            "healing": {"interval_s": 5, "grace_s": 5},
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from operations.remote.common import run
+from operations.remote.common import CONTAINERS_LOCK, locked, run
 
 #: Seconds between two looks at a container that is starting.
 INTERVAL_S = 0.25
@@ -180,7 +180,8 @@ def main() -> int:
     order = {**json.loads(sys.argv[1]), "secrets": json.load(sys.stdin)}
     try:
         # A start is a replacement that was done already.
-        {"replace": replace, "start": start}[order["do"]](order)
+        with locked(CONTAINERS_LOCK):
+            {"replace": replace, "start": start}[order["do"]](order)
     except Failed as failed:
         print(failed, file=sys.stderr)
         return 1
