@@ -512,11 +512,13 @@ def lines_of_notes() -> Iterable[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="gpulab-heal", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="gpulab-heal",
+        description="Look at gpulab's services once, and restart those that have lost the GPU or do not answer.",
+    )
     acts = parser.add_mutually_exclusive_group()
     acts.add_argument("--status", action="store_true", help="what the last look saw, notes, alarms")
-    acts.add_argument("--reset", metavar="NAME", help="take an alarm back")
+    acts.add_argument("--reset", metavar="NAME", help="take an alarm back: the service, or gpu, is looked after again")
     given = parser.parse_args()
     if given.status:
         return status()
