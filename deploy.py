@@ -181,4 +181,13 @@ with run.of_host() as part:
             engine=guest.engine.kind,
             prune=guest.prune,
         )
+        # Behind all that starts or replaces a service.
+        containers.healing(
+            name="Look after the services",
+            policy=guest.healing.model_dump() if guest.healing else None,
+            engine=guest.engine.kind,
+            data=guest.data_disk.mount,
+            gpu=guest.gpu is not None,
+            services=containers.watched(guest.services, guest.gpu is not None),
+        )
         run.services_settled(name="Check that every service took its declaration")

@@ -68,14 +68,27 @@ guests = [
             },
             "tenants": [
                 {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
-                {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
+                {
+                    "name": "ml",
+                    "active_thread_percentage": 40,
+                    "memory_limit_mib": 2048,
+                    "priority": "below-normal",
+                },
             ],
             "engine": _lab.get("engine", {}),
+            "healing": {"interval_s": 5, "grace_s": 5},
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": [_tiny], "max_queue": 16}},
+            "services": {
+                "ollama": {
+                    "image": _lab["images"]["ollama"],
+                    "models": [_tiny],
+                    "max_queue": 16,
+                    "memory_budget_mib": 6144,
+                },
+            },
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)

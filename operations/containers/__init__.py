@@ -3,8 +3,19 @@
 
 from operations.containers.container import container, undeclared
 from operations.containers.engine import engine
+from operations.containers.healing import healing, watched
 from operations.containers.ollama import ollama, ollama_spec
 from operations.containers.repository import repository
 from operations.containers.spec import ContainerSpec
 
-__all__ = ["ContainerSpec", "container", "engine", "ollama", "ollama_spec", "repository", "undeclared"]
+__all__ = [
+    "ContainerSpec",
+    "container",
+    "engine",
+    "healing",
+    "ollama",
+    "ollama_spec",
+    "repository",
+    "undeclared",
+    "watched",
+]

@@ -329,6 +329,7 @@ def healthy() -> dict[str, Any]:
             "cdi": CDI,
             "specifications": {"/var/run/cdi/nvidia.yaml": specification()},
             "loaded": "580.95.05",
+            "healing": {"active": "active", "enabled": "enabled", "age_s": 42.0, "alarms": {}},
             "data": {
                 "mounted": True,
                 "containers": [

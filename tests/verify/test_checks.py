@@ -56,6 +56,7 @@ SHARES = {*(f"{share}.budget" for share in ("ollama", "milvus", "tenants.astro")
 #: Checks of containers that have nothing to say on a guest that sees no GPU itself.
 UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
+    "containers.healing",
     *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
     *(f"containers.{share}" for share in SHARES),
 }
@@ -372,6 +373,11 @@ CASES: list[Case] = [
         for name, place, value in EACH_SERVICE
     ],
     ("containers.milvus.loopback", "ports.9091", True, set()),
+    ("containers.healing", "containers.healing.active", "inactive", set()),
+    ("containers.healing", "containers.healing.enabled", "", set()),
+    ("containers.healing", "containers.healing.age_s", None, set()),
+    ("containers.healing", "containers.healing.age_s", 361.0, set()),
+    ("containers.healing", "containers.healing.alarms", {"ollama": "2026-11-29 it does not answer"}, set()),
     ("containers.ollama.hardening", f"{SERVICES}.ollama.limits.memory_mib", 16384, set()),
     (
         "containers.ollama.api",

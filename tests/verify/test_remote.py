@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -1011,6 +1012,21 @@ def test_podman_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     assert (found["engine"]["active"], found["engine"]["version"]) == ("active", "5.4.2")
     assert found["cdi"] == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+
+
+def test_healing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "bin/systemctl", "#!/bin/sh\nprintf 'ActiveState=active\\nUnitFileState=enabled\\n'\n").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+
+    absent = containers.healing(tmp_path)
+    put(tmp_path, "var/lib/gpulab/heal/alarm/ollama", "now  it does not answer\n")
+    look = put(tmp_path, "var/lib/gpulab/heal/look.json", "{}")
+    os.utime(look, (0, time.time() - 90))
+    found = containers.healing(tmp_path)
+
+    assert absent == {"active": "active", "enabled": "enabled", "age_s": None, "alarms": {}}
+    assert found["alarms"] == {"ollama": "now it does not answer"}
+    assert 90 <= found["age_s"] < 120
 
 
 #: An engine whose container loses its GPU with a daemon-reload, or whose containers do not outlive a restart.

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from operations.remote.common import run
+from operations.remote.common import CONTAINERS_LOCK, locked, run
 
 #: Seconds between two looks at a container that is starting.
 INTERVAL_S = 0.25
@@ -32,7 +32,8 @@ def given() -> dict[str, Any]:
 
 def do(order: dict[str, Any], **acts: Callable[[dict[str, Any]], None]) -> int:
     try:
-        acts[order["do"]](order)
+        with locked(CONTAINERS_LOCK):
+            acts[order["do"]](order)
     except Failed as failed:
         print(failed, file=sys.stderr)
         return 1
