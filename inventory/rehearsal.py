@@ -11,6 +11,7 @@ from pathlib import Path
 from inventory import InventoryError
 
 _cache = Path(os.environ.get("GPULAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gpulab")
+_rehearsal = Path(__file__).parent.parent / "rehearsal"
 _state = _cache.expanduser() / "lab"
 try:
     _lab = json.loads((_state / "lab.json").read_text())
@@ -68,11 +69,14 @@ guests = [
                 {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
             ],
             "engine": _lab.get("engine", {}),
-            # The simulated card runs no code, so MPS' server ends as soon as it starts.
-            "expected_not_run": ["nvidia.mps.server"],
+            # The simulated card runs no code, so MPS' server ends as soon as it starts. Its PyTorch is built for the CPU.
+            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+            "services": {
+                "ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]},
+                "pytorch": {"image": _lab["images"]["pytorch"], "lock": str(_rehearsal / "pytorch.lock")},
+            },
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)

@@ -31,3 +31,16 @@ class EngineFacts(JsonFact):
             probes=dict(probes or {}),
             inside=inside,
         )
+
+
+class PyTorchFacts(JsonFact):
+    """What PyTorch jobs need: see `remote/pytorch.py`."""
+
+    script = program(__file__, "pytorch")
+
+    def command(
+        self, image: str, network: str, data: str, mounted: str, paths: Sequence[str], groups: Sequence[str]
+    ) -> StringCommand:
+        return super().command(
+            image=image, network=network, data=data, mounted=mounted, paths=list(paths), groups=list(groups)
+        )
