@@ -69,7 +69,7 @@ guests = [
                 {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
             ],
             "engine": _lab.get("engine", {}),
-            # The simulated card runs no code, so MPS' server ends as soon as it starts. Its PyTorch is built for the CPU.
+            # The simulated card runs no code, so MPS' server ends as soon as it starts; PyTorch is built for the CPU.
             "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
