@@ -52,9 +52,12 @@ SHARES = {*(f"{share}.budget" for share in ("ollama", "milvus", "tenants.astro")
 #: Checks of containers that have nothing to say on a guest that sees no GPU itself.
 UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
+    "containers.pytorch.cuda",
     *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
     *(f"containers.{share}" for share in SHARES),
 }
+#: What only a job can tell.
+SEEN_BY_JOBS = {f"containers.pytorch.{name}" for name in ("environment", "cuda", "limits", "rights")}
 WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
 #: What is promised of every service while it runs, and in any case.
@@ -374,6 +377,18 @@ CASES: list[Case] = [
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, set()),
     ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, set()),
+    ("containers.pytorch.image", "pytorch.digests", [], set()),
+    ("containers.pytorch.job", "pytorch.job", {"status": 125, "saw": None, "said": "no such device"}, SEEN_BY_JOBS),
+    ("containers.pytorch.job", "pytorch.job.status", 1, set()),
+    ("containers.pytorch.environment", "pytorch.job.saw.versions", {"torch": "2.13.0", "einops": "0.8.1"}, set()),
+    ("containers.pytorch.cuda", "pytorch.job.saw.devices", 0, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.GPULAB_TORCH_MEMORY_FRACTION", "1.000000", set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.memory_max", "1073741824", set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.uid", 0, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.capabilities", 1, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.no_new_privileges", False, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.root_writable", True, set()),
 ]
 
 

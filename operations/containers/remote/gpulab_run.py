@@ -28,7 +28,7 @@ TENANTS = "/etc/gpulab/tenants"
 LOCKS = "/run/gpulab/jobs"
 LOGS = "/var/log/gpulab/jobs"
 #: Labels of a job's container.
-TENANT = "org.gpulab.job.tenant"
+TENANT = "org.gpulab.tenant"
 LIMIT = "org.gpulab.job.limit"
 #: Where a tenant's folder, its environment and the hook lie in the container.
 WORKSPACE = "/workspace"
