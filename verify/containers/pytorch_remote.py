@@ -15,10 +15,13 @@ MARK = "gpulab-verify:"
 #: The exit status with which gpulab-run refuses.
 REFUSED = 2
 JOB = f"""
-import importlib.metadata, json, os
+import importlib.metadata, json, os, re
 import torch
 limit = "/sys/fs/cgroup/memory.max"
 status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
+def name(item):
+    return re.sub("[-_.]+", "-", item.metadata["Name"]).lower()
+
 try:
     open("/gpulab-verify", "w")
     writable = True
@@ -28,7 +31,7 @@ print("{MARK}" + json.dumps({{
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
     "devices": torch.cuda.device_count() if torch.version.cuda else 0,
-    "versions": {{item.metadata["Name"].lower(): item.version for item in importlib.metadata.distributions()}},
+    "versions": {{name(item): item.version for item in reversed(list(importlib.metadata.distributions()))}},
     "uid": os.getuid(),
     "capabilities": int(status["CapEff"], 16),
     "no_new_privileges": status["NoNewPrivs"] == "1",
