@@ -7,7 +7,7 @@
 Every host crosses this file. The one step that all of them share keeps the guests behind their nodes.
 """
 
-from inventory import sharing
+from inventory import budgets, sharing
 from inventory.packages import TOOLKIT
 from operations import containers, hypervisor, nvidia, run, system
 from operations.files import File, files, render
@@ -172,6 +172,28 @@ with run.of_host() as part:
                 data=guest.data_disk.mount,
                 client=sharing.client(guest, budget_mib=ollama.memory_budget_mib, processes=ollama.max_loaded_models),
                 engine=guest.engine.kind,
+                _ignore_errors=True,
+            )
+        if pytorch := guest.services.pytorch:
+            containers.pytorch(
+                name="Let tenants run PyTorch jobs",
+                image=pytorch.image,
+                data=guest.data_disk.mount,
+                uid=guest.nvidia.service_uid,
+                tenants={
+                    tenant.name: budgets.torch_shares(tenant.memory_limit_mib, card.memory_mib)
+                    for tenant in guest.tenants
+                    if tenant.may_use("pytorch")
+                },
+                client=sharing.client(guest),
+                lock=pytorch.lock,
+                index=(guest.python_index.url, guest.python_index.ca or "") if guest.python_index else ("", ""),
+                time_limit_h=pytorch.time_limit_h,
+                host_memory_mib=pytorch.host_memory_mib,
+                shm_mib=pytorch.shm_mib,
+                network=pytorch.network,
+                profiles=pytorch.profiles,
+                simulated=guest.simulated or "",
                 _ignore_errors=True,
             )
     if guest:

@@ -11,6 +11,7 @@ from pathlib import Path
 from inventory import InventoryError
 
 _cache = Path(os.environ.get("GPULAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gpulab")
+_rehearsal = Path(__file__).parent.parent / "rehearsal"
 _state = _cache.expanduser() / "lab"
 try:
     _lab = json.loads((_state / "lab.json").read_text())
@@ -77,8 +78,8 @@ guests = [
             ],
             "engine": _lab.get("engine", {}),
             "healing": {"interval_s": 5, "grace_s": 5},
-            # The simulated card runs no code, so MPS' server ends as soon as it starts.
-            "expected_not_run": ["nvidia.mps.server"],
+            # The simulated card runs no code, so MPS' server ends as soon as it starts; PyTorch is built for the CPU.
+            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
             "services": {
@@ -88,6 +89,7 @@ guests = [
                     "max_queue": 16,
                     "memory_budget_mib": 6144,
                 },
+                "pytorch": {"image": _lab["images"]["pytorch"], "lock": str(_rehearsal / "pytorch.lock")},
             },
         },
     )

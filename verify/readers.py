@@ -26,6 +26,7 @@ SUBJECTS = (
     "system",
     "nvidia",
     "containers",
+    "pytorch",
     "ollama_load",
     "ports",
     "daemon_reload",
@@ -44,6 +45,8 @@ PORT_S = 2.0
 DISTURB_S = 300.0
 #: Seconds for a model to come from the disk into the GPU's memory.
 LOAD_S = 300.0
+#: Seconds for a job of PyTorch that only says what it sees.
+JOB_S = 150.0
 
 
 class Readers:
@@ -60,6 +63,7 @@ class Readers:
             "system": self._system,
             "nvidia": self._nvidia,
             "containers": self._containers,
+            "pytorch": self._pytorch,
             "ollama_load": self._ollama_load,
             "ports": self._ports,
             "daemon_reload": lambda guest: self._disturb(guest, "daemon-reload"),
@@ -158,6 +162,14 @@ class Readers:
             },
         }
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments)
+
+    def _pytorch(self, guest: Guest) -> dict[str, Any]:
+        service = guest.services.pytorch
+        if service is None:
+            raise Unreadable(f"{guest.name} declares no PyTorch")
+        able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
+        arguments = {"image": service.image, "tenant": able[0] if able else None}
+        return self._connection(guest).read(ROOM / "containers/pytorch_remote.py", arguments, limit_s=JOB_S)
 
     def _ollama_load(self, guest: Guest) -> dict[str, Any]:
         ollama = guest.services.ollama

@@ -5,6 +5,7 @@ from operations.containers.container import container, undeclared
 from operations.containers.engine import engine
 from operations.containers.healing import healing, watched
 from operations.containers.ollama import ollama, ollama_spec
+from operations.containers.pytorch import pytorch
 from operations.containers.repository import repository
 from operations.containers.spec import ContainerSpec
 
@@ -15,6 +16,7 @@ __all__ = [
     "healing",
     "ollama",
     "ollama_spec",
+    "pytorch",
     "repository",
     "undeclared",
     "watched",

@@ -40,3 +40,16 @@ class HealingFacts(JsonFact):
 
     def command(self, paths: Sequence[str], unit: str) -> StringCommand:
         return super().command(paths=list(paths), unit=unit)
+
+
+class PyTorchFacts(JsonFact):
+    """What PyTorch jobs need: see `remote/pytorch.py`."""
+
+    script = program(__file__, "pytorch")
+
+    def command(
+        self, image: str, network: str, data: str, mounted: str, paths: Sequence[str], groups: Sequence[str]
+    ) -> StringCommand:
+        return super().command(
+            image=image, network=network, data=data, mounted=mounted, paths=list(paths), groups=list(groups)
+        )

@@ -22,6 +22,8 @@ from verify.verdicts import Result
 ROOT = Path(__file__).parents[2]
 DIGEST = "sha256:" + 64 * "a"
 TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
+#: Locks einops 0.8.2.
+LOCK = str(ROOT / "rehearsal/pytorch.lock")
 #: Ids of containers.
 IDS = {"ollama": 64 * "1", "milvus": 64 * "2", "astro": 64 * "3"}
 CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
@@ -97,8 +99,24 @@ GUEST: dict[str, Any] = {
             "host_memory_mib": 8192,
         },
         "milvus": {"image": f"milvusdb/milvus@{DIGEST}", "memory_budget_mib": 1024, "pool_init_mib": 256},
+        "pytorch": {"image": f"pytorch/pytorch@{DIGEST}", "lock": LOCK},
     },
 }
+
+
+def torch_job() -> dict[str, Any]:
+    """What a job of astro's, with its 6144 MiB of a card of 16376, says of itself."""
+    environment = {
+        "GPULAB_TORCH_MEMORY_FRACTION": f"{(6144 - 512) / 16376:.6f}",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=6144M",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "50",
+    }
+    saw = {
+        "torch": "2.13.0", "cuda": "13.0", "devices": 1, "versions": {"torch": "2.13.0", "einops": "0.8.2"},
+        "uid": 850, "capabilities": 0, "no_new_privileges": True, "root_writable": False,
+        "environment": environment, "memory_max": "max",
+    }  # fmt: skip
+    return {"status": 0, "saw": saw, "said": ""}
 
 
 def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, Any] | None = None) -> Path:
@@ -350,6 +368,7 @@ def healthy() -> dict[str, Any]:
                 "milvus": served("milvusdb/milvus", "/srv/data/milvus", 19530, 9091),
             },
         },
+        "pytorch": {"digests": [f"pytorch/pytorch@{DIGEST}"], "simulated": [], "job": torch_job()},
         "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),

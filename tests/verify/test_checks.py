@@ -57,9 +57,12 @@ SHARES = {*(f"{share}.budget" for share in ("ollama", "milvus", "tenants.astro")
 UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
     "containers.healing",
+    "containers.pytorch.cuda",
     *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
     *(f"containers.{share}" for share in SHARES),
 }
+#: What only a job can tell.
+SEEN_BY_JOBS = {f"containers.pytorch.{name}" for name in ("environment", "cuda", "limits", "rights")}
 WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
 #: What is promised of every service while it runs, and in any case.
@@ -403,6 +406,18 @@ CASES: list[Case] = [
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, {"containers.ollama.context"}),
     ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, OF_LOADED),
+    ("containers.pytorch.image", "pytorch.digests", [], set()),
+    ("containers.pytorch.job", "pytorch.job", {"status": 125, "saw": None, "said": "no such device"}, SEEN_BY_JOBS),
+    ("containers.pytorch.job", "pytorch.job.status", 1, set()),
+    ("containers.pytorch.environment", "pytorch.job.saw.versions", {"torch": "2.13.0", "einops": "0.8.1"}, set()),
+    ("containers.pytorch.cuda", "pytorch.job.saw.devices", 0, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.GPULAB_TORCH_MEMORY_FRACTION", "1.000000", set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.memory_max", "1073741824", set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.uid", 0, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.capabilities", 1, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.no_new_privileges", False, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.root_writable", True, set()),
 ]
 
 
@@ -534,6 +549,7 @@ def shared(sharing: str) -> dict[str, Any]:
     nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": []}
     for service in observations["containers"]["services"].values():
         service["privileges"] |= {"uid": 0, "ipc": "own"}
+    observations["pytorch"]["job"]["saw"]["environment"]["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = None
     return observations
 
 
@@ -562,7 +578,8 @@ def test_undeclared_settings_are_the_cards_own(tmp_path: Path) -> None:
     nvidia["mps"] |= {"percentage": {"status": 0, "says": "100.0"}, "memory": {"status": 0, "says": ""}}
     nvidia |= {"tenants": {}, "cuda": {}}
     nvidia["units"]["gpulab-gpu-thermal.service"] = {"active": "", "enabled": ""}
-    lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": []})
+    services = {name: value for name, value in GUEST["services"].items() if name != "pytorch"}
+    lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": [], "services": services})
 
     run = verify(lab, plugin=Doctored(observations))
 
