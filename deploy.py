@@ -187,7 +187,7 @@ with run.of_host() as part:
                 },
                 client=sharing.client(guest),
                 lock=pytorch.lock,
-                index=(guest.python_index.url, guest.python_index.ca or "") if guest.python_index else ("", ""),
+                index=guest.pip_index,
                 time_limit_h=pytorch.time_limit_h,
                 host_memory_mib=pytorch.host_memory_mib,
                 shm_mib=pytorch.shm_mib,
@@ -196,6 +196,20 @@ with run.of_host() as part:
                 simulated=guest.simulated or "",
                 _ignore_errors=True,
             )
+    if guest and (service := guest.services.milvus):
+        containers.milvus.milvus(
+            name="Run Milvus",
+            declared=service.model_dump(),
+            tenants=[tenant.name for tenant in guest.tenants if tenant.may_use("milvus")],
+            data=guest.data_disk.mount,
+            passwords=containers.milvus.passwords_of(part.lab, guest),
+            client=sharing.client(guest, budget_mib=service.memory_budget_mib) if guest.gpu else sharing.Client(),
+            gpu=guest.gpu is not None,
+            engine=guest.engine.kind,
+            index=guest.pip_index,
+            prune=guest.prune,
+            _ignore_errors=True,
+        )
     if guest:
         containers.undeclared(
             name="Look for containers that are not declared",

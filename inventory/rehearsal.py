@@ -89,6 +89,16 @@ guests = [
                     "max_queue": 16,
                     "memory_budget_mib": 6144,
                 },
+                # The lab's server is built for the CPU, so its collection has an index of the CPU.
+                "milvus": {
+                    "image": _lab["images"]["milvus"],
+                    "memory_budget_mib": 3072,
+                    "indexes": {
+                        "spectra": {"type": "HNSW", "metric": "L2"},
+                        "spectra-gpu": {"type": "GPU_CAGRA", "metric": "L2", "adapt_for_cpu": True, "ef": 128},
+                    },
+                    "collections": [{"name": "spectra", "tenant": "astro", "dimension": 128, "index": "spectra"}],
+                },
                 "pytorch": {"image": _lab["images"]["pytorch"], "lock": str(_rehearsal / "pytorch.lock")},
             },
         },

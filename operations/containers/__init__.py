@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The container engine and the services of ours that run in it."""
 
+from operations.containers import milvus
 from operations.containers.container import container, undeclared
 from operations.containers.engine import engine
 from operations.containers.healing import healing, watched
@@ -14,6 +15,7 @@ __all__ = [
     "container",
     "engine",
     "healing",
+    "milvus",
     "ollama",
     "ollama_spec",
     "pytorch",
