@@ -86,7 +86,8 @@ def nvidia(**keys: object) -> Words:
 
 
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
-REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
+TOOLKIT = "nvidia-container-toolkit"
+REMOVE_TOOLKIT = f"{APT} remove {TOOLKIT}"
 #: Both versions are in the repository; the pin allows them, and the guest has the newer one.
 OLDER = "580.95.05-1"
 OLDER_LIBRARIES = " ".join(f"{name}={OLDER}" for name in ("libcuda1", "libnvidia-ml1"))
@@ -99,13 +100,23 @@ def upgraded_by_hand(deployed: Deployed) -> None:
     deployed.on(GUEST, "sh", "-ec", f"{APT} install {packages} {OLDER_LIBRARIES}")
 
 
+UNPACKING = "/run/unpacking"
+#: Halts apt and dpkg when dpkg's own log says that the toolkit is being unpacked.
+HALT = f"""tail -n 0 -F /var/log/dpkg.log | while read -r line; do
+case "$line" in *"status half-installed {TOOLKIT}:"*)
+pkill -STOP -x apt-get; pkill -STOP -x dpkg; touch {UNPACKING}; exit;; esac; done"""
+
+
 def killed_installing(deployed: Deployed) -> None:
     """The run, apt and dpkg killed in the middle of unpacking."""
     deployed.on(GUEST, "sh", "-ec", REMOVE_TOOLKIT)
-    # Not the dpkg of apt-mark. The brackets keep this command from finding itself.
-    watch = "until pgrep -f 'dpkg .*[-]-unpack' > /dev/null; do sleep 0.01; done; pkill -9 -x apt-get; pkill -9 -x dpkg"
-    deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-c", watch)
-    deployed.killed(12.0, "deploy.py", "-y", "--limit", GUEST)
+    deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-c", HALT)
+    unpacking = lambda: host.run(GUEST, ["test", "-e", UNPACKING]).returncode == 0  # noqa: E731
+    deployed.killed_when(unpacking, "deploy.py", "-y", "--limit", GUEST)
+    deployed.on(GUEST, "sh", "-ec", f"rm {UNPACKING}; pkill -KILL -x apt-get; pkill -KILL -x dpkg || true")
+    state = deployed.on(GUEST, "dpkg-query", "--show", "--showformat=${db:Status-Status}", TOOLKIT)
+    assert state in ("half-installed", "unpacked")
+    assert TOOLKIT in host.run(GUEST, ["dpkg", "--audit"]).stdout
 
 
 def wait_for_mps(deployed: Deployed) -> None:
