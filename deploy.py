@@ -162,15 +162,32 @@ with run.of_host() as part:
                 "mps": guest.nvidia.mps.model_dump() if guest.nvidia.sharing == "mps" else None,
             },
         )
+        # Services do not depend on one another: what one of them lacks leaves the others alone, and fails the guest at
+        # the end.
         if ollama := guest.services.ollama:
             containers.ollama(
                 name="Run Ollama",
-                image=ollama.image,
-                port=ollama.port,
-                memory_budget_mib=ollama.memory_budget_mib,
+                declared=ollama.model_dump(),
                 card_memory_mib=card.memory_mib,
                 data=guest.data_disk.mount,
-                models=[model.name for model in ollama.models],
-                environment=ollama.environment,
-                client=sharing.client(guest),
+                client=sharing.client(guest, budget_mib=ollama.memory_budget_mib, processes=ollama.max_loaded_models),
+                engine=guest.engine.kind,
+                _ignore_errors=True,
             )
+    if guest:
+        containers.undeclared(
+            name="Look for containers that are not declared",
+            names=list(guest.services.declared()),
+            engine=guest.engine.kind,
+            prune=guest.prune,
+        )
+        # Behind all that starts or replaces a service.
+        containers.healing(
+            name="Look after the services",
+            policy=guest.healing.model_dump() if guest.healing else None,
+            engine=guest.engine.kind,
+            data=guest.data_disk.mount,
+            gpu=guest.gpu is not None,
+            services=containers.watched(guest.services, guest.gpu is not None),
+        )
+        run.services_settled(name="Check that every service took its declaration")

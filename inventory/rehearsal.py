@@ -23,6 +23,9 @@ _everywhere = {
     "simulated": "rehearsal lab: PCI tree, IOMMU, NVIDIA driver and GPU, VM hardware and Ollama are stand-ins",
 }
 
+#: The stand-in's only model: the same bytes each time that it is built, so the same digest.
+_tiny = {"name": "tiny", "digest": "83fa9a90c7811f059549bbfa4be08cd6f712cd8fe6812c472b01125b84829fb3"}
+
 nodes = [
     (
         f"@node/{name}",
@@ -65,13 +68,27 @@ guests = [
             },
             "tenants": [
                 {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
-                {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
+                {
+                    "name": "ml",
+                    "active_thread_percentage": 40,
+                    "memory_limit_mib": 2048,
+                    "priority": "below-normal",
+                },
             ],
             "engine": _lab.get("engine", {}),
+            "healing": {"interval_s": 5, "grace_s": 5},
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+            "python_index": _lab["python_index"],
+            "services": {
+                "ollama": {
+                    "image": _lab["images"]["ollama"],
+                    "models": [_tiny],
+                    "max_queue": 16,
+                    "memory_budget_mib": 6144,
+                },
+            },
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)

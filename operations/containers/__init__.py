@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The container engine and the services of ours that run in it."""
 
-from operations.containers.container import container
+from operations.containers.container import container, undeclared
 from operations.containers.engine import engine
+from operations.containers.healing import healing, watched
 from operations.containers.ollama import ollama, ollama_spec
 from operations.containers.repository import repository
 from operations.containers.spec import ContainerSpec
 
-__all__ = ["ContainerSpec", "container", "engine", "ollama", "ollama_spec", "repository"]
+__all__ = [
+    "ContainerSpec",
+    "container",
+    "engine",
+    "healing",
+    "ollama",
+    "ollama_spec",
+    "repository",
+    "undeclared",
+    "watched",
+]

@@ -31,3 +31,12 @@ class EngineFacts(JsonFact):
             probes=dict(probes or {}),
             inside=inside,
         )
+
+
+class HealingFacts(JsonFact):
+    """What looks after the services, and its alarms: see `remote/healing.py`."""
+
+    script = program(__file__, "healing")
+
+    def command(self, paths: Sequence[str], unit: str) -> StringCommand:
+        return super().command(paths=list(paths), unit=unit)

@@ -14,8 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,38 +23,14 @@ import inventory
 from rehearsal import host, paths
 from tests.lab.commands import INVENTORY, Deployed, deployed_lab
 
-from . import table
+from . import services, table
+from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
 from .table import Row, Verdict
 
-GUEST = "gpu01"
 #: Makes the simulated card answer differently: see rehearsal/nvidia/source/gpu.h.
 CARD = "/var/lib/lab-hardware/nvml.conf"
-S, R, H = Verdict.SURVIVED, Verdict.REFUSED, Verdict.HEALED
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
-
-Act = Callable[[Deployed], object]
-Words = tuple[str, ...]
-
-
-def nothing(deployed: Deployed) -> None:
-    """Nobody has to do anything."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`says`: stands in what the first deploy prints, and `checks`: what verify fails at before it.
-
-    `words`: of that deploy alone. `mend`: what only somebody else than a deploy can put right.
-    """
-
-    injected: str
-    expected: Verdict
-    inject: Act
-    says: str = ""
-    checks: tuple[str, ...] = ()
-    words: Callable[[], Words] = tuple
-    mend: Act = nothing
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +40,21 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         yield hosts
 
 
-def sh(script: str) -> Act:
-    """A shell script in the guest, without SSH."""
-    return lambda deployed: deployed.on(GUEST, "sh", "-ec", script)
-
-
-def meanwhile(script: str) -> Act:
-    """The same, going on beside what comes next."""
-    return lambda deployed: deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-ec", script)
-
-
-def both(*acts: Act) -> Act:
-    return lambda deployed: [act(deployed) for act in acts]
-
-
 def nvidia(**keys: object) -> Words:
     """Words of a deploy in which `nvidia` of the guest is otherwise."""
     declared = inventory.load(INVENTORY).guests[GUEST].nvidia.model_dump(exclude_unset=True)
     return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
+
+
+def ollama(**keys: object) -> Words:
+    """The same of `services.ollama`."""
+    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
+    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
+
+
+#: A GGUF of a version that nobody reads any more.
+BROKEN = b"GGUF\1\0\0\0"
+BROKEN_MODEL = {"name": "own", "gguf": "/srv/data/broken.gguf", "gguf_sha256": hashlib.sha256(BROKEN).hexdigest()}
 
 
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
@@ -271,7 +243,37 @@ FAULTS = [
         says="space",
         mend=sh("umount /var/cache/apt/archives"),
     ),
+    Fault(
+        "a model that nobody has",
+        R,
+        nothing,
+        says="model nosuch: pull model manifest: file does not exist",
+        words=lambda: ollama(models=["nosuch"]),
+    ),
+    Fault(
+        "another digest than the model's declared",
+        R,
+        nothing,
+        says=f"declared is {64 * 'a'}; the model stays as it was pulled",
+        words=lambda: ollama(models=[{"name": "tiny", "digest": 64 * "a"}]),
+    ),
+    Fault(
+        "a broken GGUF",
+        R,
+        sh("printf 'GGUF\\1\\0\\0\\0' > /srv/data/broken.gguf"),
+        says="model own: unsupported version 1",
+        words=lambda: ollama(models=[BROKEN_MODEL]),
+        mend=sh("rm /srv/data/broken.gguf"),
+    ),
+    Fault(
+        "the registry of models away",
+        H,
+        nothing,
+        says="no such host",
+        words=lambda: ollama(models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
+    ),
     Fault("killed in the middle of an installation", H, killed_installing),
+    *services.FAULTS,
 ]
 
 

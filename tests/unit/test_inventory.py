@@ -217,10 +217,6 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             "gpu01: expected `engine.kind` docker on debian12: its Podman is too old (newer: debian13)",
         ),
         (
-            {"engine": {"kind": "podman"}, "services": {"ollama": {"image": IMAGE}}},
-            "gpu01: expected no `services` beside `engine.kind` podman",
-        ),
-        (
             {"engine": {"repository": "http://mirror.example/docker"}},
             "gpu01: engine: expected `key_sha256` beside http://mirror.example/docker",
         ),
