@@ -39,7 +39,7 @@ test: lint ## lint, types and all fast tests
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
 	@rm -f reports/faults.txt
 	@pytest -q -n auto -m faults $(GUEST_FAULTS:%=--ignore %) $(FAULTS)
-	@pytest -q -m '$(GUEST_MARK)' $(GUEST_FAULTS)
+	$(if $(GUEST_FAULTS),@pytest -q -m '$(GUEST_MARK)' $(GUEST_FAULTS))
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
 	pytest -q -m lab $(LAB_TESTS)
