@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import itertools
 import json
 import os
 import select
@@ -52,7 +53,7 @@ def test_a_token_lets_its_tenant_in_and_goes_no_further(site: Site) -> None:
     status, headers, body = site.guest.ask(site.port, "/api/tags?verbose=1", ASTRO)
 
     assert (status, json.loads(body)) == (200, {"path": "/api/tags?verbose=1"})
-    method, path, seen = site.backend.seen[0]
+    _method, _path, seen = site.backend.seen[0]
     assert "authorization" not in seen and ASTRO not in str(seen)
     assert seen["x-request-id"] == headers["x-request-id"]
     assert "nginx/" not in headers["server"]
@@ -118,7 +119,7 @@ def test_parts_of_an_answer_come_one_by_one(site: Site) -> None:
     connection.close()
 
     assert [part for _, part in arrived] == list(range(Backend.PARTS))
-    gaps = [after[0] - before[0] for before, after in zip(arrived, arrived[1:], strict=False)]
+    gaps = [after[0] - before[0] for before, after in itertools.pairwise(arrived)]
     assert min(gaps) > Backend.PAUSE_S / 2, gaps
 
 
