@@ -48,6 +48,10 @@ class Service(Model):
     #: Further settings of the service. What gpulab sets itself can't be set here.
     environment: Environment = {}
 
+    def ports(self) -> list[int]:
+        """Those it has on the guest, `port` first."""
+        return [self.port]
+
 
 class OllamaModel(Model):
     """A model that Ollama must have."""
@@ -240,6 +244,9 @@ class Milvus(Service):
     collections: list[Collection] = []
     #: Backups of all collections that stay; one is made before each change of `image`.
     keep_backups: int = Field(default=3, ge=1)
+
+    def ports(self) -> list[int]:
+        return [self.port, self.metrics_port]
 
     @model_validator(mode="after")
     def consistent(self) -> Milvus:

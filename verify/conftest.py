@@ -20,12 +20,14 @@ from verify.observations import READER, Observation, Observations
 from verify.readers import SUBJECTS, Readers, machine
 from verify.report import Run, revision, write
 from verify.report.summary import lines
-from verify.selection import hosts_for, limited
+from verify.selection import hosts_for, limited, parts_of
 from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, not_run
 
 #: Folders in the order in which a reader wants them: from the metal up.
 ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
 ROOM = Path(__file__).parent
+#: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
+PARTS = ("service", "share")
 
 LAB = pytest.StashKey[Lab]()
 CHOSEN = pytest.StashKey[Collection[str]]()
@@ -84,7 +86,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("on")
     if mark is not None:
         names = hosts_for(metafunc.config.stash[LAB], mark.args[0], metafunc.config.stash[CHOSEN])
-        metafunc.parametrize("machine_name", names, ids=names, scope="session")
+        parts = [name for name in PARTS if name in metafunc.fixturenames]
+        if not parts:
+            metafunc.parametrize("machine_name", names, ids=names, scope="session")
+            return
+        lab, part = metafunc.config.stash[LAB], parts[0]
+        pairs = [(name, each) for name in names for each in parts_of(lab, name, part)]
+        ids = [f"{name}-{each}" for name, each in pairs]
+        metafunc.parametrize(("machine_name", part), pairs, ids=ids, scope="session")
 
 
 @pytest.hookimpl(trylast=True)
@@ -103,9 +112,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """`-k nvidia.driver` chooses by id."""
-    mark = promise(item)
-    if mark is not None:
-        item.extra_keyword_matches.add(mark.args[0])
+    if promise(item) is not None:
+        item.extra_keyword_matches.add(check_id(item))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -213,11 +221,11 @@ def outcome(
     lab, name = item.config.stash[LAB], host_of(item) or ""
     host, mark, level = machine(lab, name), promise(item), severity(item)
     assert mark is not None and level is not None  # pytest_collection_modifyitems refused all others
-    places = {"lab": item.config.getoption("--lab"), "host": name, "node": getattr(host, "node", name)}
-    expected = isinstance(host, Guest) and mark.args[0] in host.expected_not_run and bool(host.simulated)
+    places = {"lab": item.config.getoption("--lab"), "host": name, "node": getattr(host, "node", name), **part_of(item)}
+    expected = isinstance(host, Guest) and check_id(item) in host.expected_not_run and bool(host.simulated)
     observed = [value.simulated for value in getattr(item, "funcargs", {}).values() if isinstance(value, Observation)]
     return Result(
-        id=mark.args[0],
+        id=check_id(item),
         host=name,
         subject=subject_of(item),
         severity=level,
@@ -247,9 +255,20 @@ def fixtures_of(item: pytest.Item) -> list[str]:
     return list(getattr(item, "fixturenames", []))
 
 
+def part_of(item: pytest.Item) -> dict[str, str]:
+    """The part of its host that the check is about; empty: the host itself."""
+    call = getattr(item, "callspec", None)
+    return {name: call.params[name] for name in PARTS if name in call.params} if call is not None else {}
+
+
 def promise(item: pytest.Item) -> pytest.Mark | None:
-    """The check's id (its only argument) and `fix`."""
+    """The check's id (its only argument) and `fix`; both may name its part, as `{service}`."""
     return item.get_closest_marker("promise")
+
+
+def check_id(item: pytest.Item) -> str:
+    mark = promise(item)
+    return mark.args[0].format(**part_of(item)) if mark is not None else ""
 
 
 def severity(item: pytest.Item) -> Severity | None:
@@ -298,9 +317,9 @@ def seen(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def guest_sees_gpu(nvidia: Observation) -> None:
+def guest_sees_gpu(guest: Guest, nvidia: Observation) -> None:
     """What the guest itself does not see, its containers can't: one check says so, nvidia.gpu.visible."""
-    if not nvidia["nvml"]["gpus"]:
+    if guest.gpu is not None and not nvidia["nvml"]["gpus"]:
         not_run("the guest itself sees no GPU")
 
 
@@ -325,7 +344,7 @@ system = observation("system")
 nvidia = observation("nvidia")
 containers = observation("containers")
 ollama_load = observation("ollama_load")
-ollama_port = observation("ollama_port")
+ports = observation("ports")
 daemon_reload = observation("daemon_reload")
 engine_restart = observation("engine_restart")
 api = observation("api")

@@ -26,7 +26,7 @@ SUBJECTS = (
     "nvidia",
     "containers",
     "ollama_load",
-    "ollama_port",
+    "ports",
     "daemon_reload",
     "engine_restart",
     "api",
@@ -35,6 +35,8 @@ SUBJECTS = (
 )
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
+#: What a service is asked on its port, beside what its own checks ask.
+ASKS = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
 #: Seconds for a container to be started, disturbed and removed.
@@ -58,7 +60,7 @@ class Readers:
             "nvidia": self._nvidia,
             "containers": self._containers,
             "ollama_load": self._ollama_load,
-            "ollama_port": self._ollama_port,
+            "ports": self._ports,
             "daemon_reload": lambda guest: self._disturb(guest, "daemon-reload"),
             "engine_restart": lambda guest: self._disturb(guest, "engine-restart"),
             "api": lambda node: self._api(node).read_node(),
@@ -72,8 +74,8 @@ class Readers:
 
     def lane(self, host: str, subject: str) -> str:
         """What has to wait for one another: the reads over one connection."""
-        if subject == "ollama_port":
-            return f"port of {host}"
+        if subject == "ports":
+            return f"ports of {host}"
         if subject == "vm":
             return f"api of {self._lab.guests[host].node}"
         if subject == "backup":
@@ -146,12 +148,13 @@ class Readers:
         return connection.read(ROOM / "nvidia/remote.py", arguments)
 
     def _containers(self, guest: Guest) -> dict[str, Any]:
-        ollama = guest.services.ollama
         arguments = {
             "engine": guest.engine.kind,
             "mount": guest.data_disk.mount,
-            "container": "ollama" if ollama else None,
-            "port": ollama.port if ollama else None,
+            "services": {
+                name: {"ports": each.ports(), "asks": ASKS.get(name, {})}
+                for name, each in guest.services.served().items()
+            },
         }
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments)
 
@@ -162,14 +165,16 @@ class Readers:
         arguments = {"port": ollama.port, "model": ollama.models[0].name, "limit_s": LOAD_S}
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments, limit_s=LOAD_S + 20)
 
-    def _ollama_port(self, guest: Guest) -> dict[str, Any]:
-        """Can the control machine open the service's port on the guest's address?"""
-        port = guest.services.ollama.port if guest.services.ollama else 0
-        try:
-            with socket.create_connection((guest.ssh_hostname, port), timeout=PORT_S):
-                return {"open": True}
-        except OSError:
-            return {"open": False}
+    def _ports(self, guest: Guest) -> dict[str, Any]:
+        """Which of its services' ports the control machine can open on the guest's address."""
+        found = {}
+        for port in [port for each in guest.services.served().values() for port in each.ports()]:
+            try:
+                with socket.create_connection((guest.ssh_hostname, port), timeout=PORT_S):
+                    found[str(port)] = True
+            except OSError:
+                found[str(port)] = False
+        return found
 
     def _disturb(self, guest: Guest, disturbance: str) -> dict[str, Any]:
         """A GPU container of verify's own, as the user that the sharing mode asks for."""

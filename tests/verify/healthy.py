@@ -19,6 +19,8 @@ from verify.observations import READER
 ROOT = Path(__file__).parents[2]
 DIGEST = "sha256:" + 64 * "a"
 TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
+#: Ids of containers.
+IDS = {"ollama": 64 * "1", "milvus": 64 * "2", "astro": 64 * "3"}
 CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
 
 #: Declares all that can be declared, so that each promise can be broken.
@@ -66,7 +68,10 @@ GUEST: dict[str, Any] = {
         {"name": "ml", "active_thread_percentage": 60},
     ],
     "backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}, "spare_vmid": 901},
-    "services": {"ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"]}},
+    "services": {
+        "ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"], "host_memory_mib": 8192},
+        "milvus": {"image": f"milvusdb/milvus@{DIGEST}", "memory_budget_mib": 1024, "pool_init_mib": 256},
+    },
 }
 
 
@@ -270,7 +275,12 @@ def healthy() -> dict[str, Any]:
                         "temperature_c": 61,
                         "temperature_max_c": 90,
                         "replays": [7, 7],
-                        "processes": [{"pid": 801, "name": "nvidia-cuda-mps-server", "uid": 850}],
+                        "processes": [
+                            computing(801, "nvidia-cuda-mps-server", 30, "/system.slice/gpulab-mps.service"),
+                            computing(900, "ollama", 5000, f"/system.slice/docker-{IDS['ollama']}.scope"),
+                            computing(901, "milvus", 800, f"/system.slice/docker-{IDS['milvus']}.scope"),
+                            computing(902, "python3", 6100, f"/system.slice/docker-{IDS['astro']}.scope"),
+                        ],
                         "work": {
                             "by": [],
                             "error": "",
@@ -296,34 +306,22 @@ def healthy() -> dict[str, Any]:
             "data": {
                 "mounted": True,
                 "containers": [
-                    {
-                        "name": "ollama",
-                        "running": True,
-                        "gpu": "cdi",
-                        "folders": [{"source": "/srv/data/ollama", "written": True, "on_data_disk": True}],
-                    }
+                    ours("ollama", service="ollama"),
+                    ours("milvus", service="milvus"),
+                    ours("astro-1", IDS["astro"], tenant="astro"),
                 ],
                 "bound": ["gpulab-containers.service", "gpulab-data-disk.service"],
             },
-            "service": {
-                "exists": True,
-                "running": True,
-                "status": "running",
-                "health": "healthy",
-                "digests": [f"ollama/ollama@{DIGEST}"],
-                "models_folder": {
-                    "inside": "/root/.ollama/models",
-                    "outside": "/srv/data/ollama",
-                    "on_data_disk": True,
+            "services": {
+                "ollama": {
+                    **served("ollama/ollama", "/srv/data/ollama", 11434, memory_mib=8192),
+                    "version": {"json": {"version": "0.32.0"}},
+                    "tags": {"json": {"models": [{"name": "tiny:latest"}]}},
                 },
-                "listens": ["127.0.0.1"],
-                "nvidia_smi": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)",
-                "gpus": ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"],
-                "version": {"json": {"version": "0.32.0"}},
-                "tags": {"json": {"models": [{"name": "tiny:latest"}]}},
+                "milvus": served("milvusdb/milvus", "/srv/data/milvus", 19530, 9091),
             },
         },
-        "ollama_port": {"open": False},
+        "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
@@ -364,6 +362,55 @@ def stored(ctime: float, **keys: Any) -> dict[str, Any]:
 def specification(**keys: Any) -> dict[str, Any]:
     """A CDI specification of the GPU as the guest's script describes it."""
     return {"devices": ["0", "all"], "digest": 64 * "c", "versions": ["580.95.05"], "missing": [], **keys}
+
+
+def computing(pid: int, name: str, memory_mib: int | None, cgroup: str) -> dict[str, Any]:
+    """A process on the GPU as the guest's script describes it."""
+    return {"pid": pid, "name": name, "uid": 850, "memory_mib": memory_mib, "cgroup": cgroup}
+
+
+def ours(name: str, id_: str = "", service: str = "", tenant: str = "") -> dict[str, Any]:
+    """A container of ours as the guest's script lists it."""
+    return {
+        "name": name,
+        "id": id_ or IDS[name],
+        "service": service,
+        "tenant": tenant,
+        "running": True,
+        "gpu": "cdi",
+        "folders": [{"source": f"/srv/data/{name}", "written": True, "on_data_disk": True}],
+    }
+
+
+def served(image: str, folder: str, *ports: int, memory_mib: int | None = None) -> dict[str, Any]:
+    """A service's container as the guest's script describes it."""
+    name = folder.rpartition("/")[2]
+    return {
+        "exists": True,
+        "running": True,
+        "status": "running",
+        "health": "healthy",
+        "digests": [f"{image}@{DIGEST}"],
+        "storage": {"inside": "/data", "outside": folder, "on_data_disk": True},
+        "listens": [
+            *[{"address": "127.0.0.1", "port": port, "program": "docker-proxy"} for port in ports],
+            {"address": "192.0.2.101", "port": ports[0], "program": "nginx"},
+        ],
+        "published": [f"127.0.0.1:{port}" for port in ports],
+        "limits": {"memory_mib": memory_mib, "pids": None},
+        "privileges": {
+            "privileged": False,
+            "read_only": True,
+            "capabilities": 0,
+            "no_new_privileges": True,
+            "unconfined": False,
+            "uid": 850,
+            "ipc": "host",
+            "networks": [f"gpulab-{name}"],
+        },
+        "nvidia_smi": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)",
+        "gpus": ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"],
+    }
 
 
 def disturbed(**keys: Any) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import pytest
 from inventory.packages import DEBIAN_13
 from tests.verify.healthy import (
     GUEST,
+    IDS,
     PASSTHROUGH,
     WORDS,
     Doctored,
+    computing,
     disturbed,
     function,
     healthy,
@@ -45,26 +47,60 @@ NEED_GPU = [
     *("power_limit", "clocks", "ecc", "compute_mode", "accounting", "persistence", "memory_health"),
 ]
 GPU = MPS | {"nvidia.mps.daemon", "nvidia.mps.uid", "nvidia.gpu.xid", *(f"nvidia.gpu.{name}" for name in NEED_GPU)}
+#: What is read of the card's users.
+SHARES = {*(f"{share}.budget" for share in ("ollama", "milvus", "tenants.astro")), "card.foreign"}
 #: Checks of containers that have nothing to say on a guest that sees no GPU itself.
 UNSEEN = {
-    *("containers.cdi", "containers.cdi.fresh", "containers.gpu.visible", "containers.gpu.daemon_reload"),
-    *("containers.ollama.running", "containers.ollama.gpu"),
+    *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
+    *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
+    *(f"containers.{share}" for share in SHARES),
 }
 WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
-OLLAMA = {"containers.gpu.visible", *(f"containers.ollama.{name}" for name in ["api", "loopback", "models", "gpu"])}
+#: What is promised of every service while it runs, and in any case.
+WHILE = ["gpu_visible", "loopback", "hardening"]
+ALWAYS = ["running", "image", "storage"]
+OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu"]}
+MILVUS = {f"containers.milvus.{name}" for name in WHILE}
 ENGINE = {
     "containers.cdi",
     "containers.engine.version",
     "containers.gpu.daemon_reload",
     "containers.gpu.engine_restart",
 }
-SERVICE = OLLAMA | {"containers.ollama.running", "containers.ollama.image", "containers.ollama.storage"}
+SERVICE = {
+    *OLLAMA,
+    *MILVUS,
+    *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ALWAYS),
+    *(f"containers.{share}" for share in SHARES),
+}
 
-RUNNING = {"name": "web", "running": True, "gpu": None}
+THE_FIRST = "containers.data.containers.0"
 HERE = {"source": "/srv/data/web", "written": True, "on_data_disk": True}
 LOST = {"status": 255, "output": "Failed to initialize NVML: Unknown Error"}
 ELSEWHERE = {"source": "/srv/web", "written": True, "on_data_disk": False}
+
+SERVICES = "containers.services"
+BY_OLLAMA = computing(900, "ollama", 5000, f"/system.slice/docker-{IDS['ollama']}.scope")
+WIDE = [{"address": "0.0.0.0", "port": port, "program": "docker-proxy"} for port in (11434, 19530, 9091)]
+#: Name of a check of every service, the place below the service's observation, and what stands there instead.
+EACH_SERVICE: list[tuple[str, str, Any]] = [
+    ("image", "digests", ["ollama/ollama@sha256:" + 64 * "b"]),
+    ("gpu_visible", "gpus", []),
+    ("storage", "storage", {"inside": "/models", "outside": "/var/lib/docker/volumes/o", "on_data_disk": False}),
+    ("storage", "storage", {"inside": "/models", "outside": None, "on_data_disk": False}),
+    ("loopback", "published", ["0.0.0.0:11434"]),
+    ("loopback", "listens", WIDE),
+    ("loopback", "listens", []),
+    ("hardening", "privileges.privileged", True),
+    ("hardening", "privileges.read_only", False),
+    ("hardening", "privileges.capabilities", 0x400),
+    ("hardening", "privileges.no_new_privileges", False),
+    ("hardening", "privileges.unconfined", True),
+    ("hardening", "privileges.uid", 0),
+    ("hardening", "privileges.ipc", "own"),
+    ("hardening", "privileges.networks", ["bridge", "gpulab-ollama"]),
+]
 
 CASES: list[Case] = [
     ("hypervisor.reachable", "reach", {"error": "pve1: no SSH", "fix": "look"}, set()),
@@ -271,7 +307,7 @@ CASES: list[Case] = [
     ("nvidia.mps.tenants", "nvidia.tenants.astro", profile("50", "1", "0=8192M"), set()),
     ("nvidia.mps.tenants", "nvidia.tenants", {"astro": profile("50", "1", "0=6144M")}, set()),
     ("nvidia.mps.tenants", "nvidia.tenants.gone", {}, set()),
-    ("nvidia.mps.uid", "nvidia.nvml.gpus.0.processes", [{"pid": 9, "name": "python3", "uid": 1000}], set()),
+    ("nvidia.mps.uid", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "uid": 1000}], set()),
     (
         "containers.engine.active",
         "containers.engine",
@@ -284,9 +320,9 @@ CASES: list[Case] = [
         False,
         {"containers.data_disk.folders", "containers.data_disk.bound"},
     ),
-    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": []}], set()),
-    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": [ELSEWHERE]}], set()),
-    ("containers.data_disk.folders", "containers.data.containers", [{**RUNNING, "folders": [HERE, ELSEWHERE]}], set()),
+    ("containers.data_disk.folders", f"{THE_FIRST}.folders", [], set()),
+    ("containers.data_disk.folders", f"{THE_FIRST}.folders", [ELSEWHERE], set()),
+    ("containers.data_disk.folders", f"{THE_FIRST}.folders", [HERE, ELSEWHERE], set()),
     ("containers.data_disk.bound", "containers.data.bound", ["gpulab-containers.service"], set()),
     ("containers.cdi", "containers.cdi", ["vendor.example/gpu=0"], set()),
     ("containers.cdi", "containers.engine.cdi_folders", [], set()),
@@ -308,31 +344,33 @@ CASES: list[Case] = [
     ("containers.gpu.daemon_reload", "daemon_reload.after", LOST, set()),
     ("containers.gpu.daemon_reload", "daemon_reload", disturbed(error="gpu01: no such device", before=None), set()),
     ("containers.gpu.engine_restart", "containers.engine.live_restore", False, set()),
-    (
-        "containers.gpu.engine_restart",
-        "containers.data.containers",
-        [{**RUNNING, "gpu": "hook", "folders": [HERE]}],
-        set(),
-    ),
-    ("containers.ollama.running", "containers.service.running", False, OLLAMA),
-    ("containers.ollama.running", "containers.service.health", "unhealthy", set()),
-    ("containers.ollama.image", "containers.service.digests", ["ollama/ollama@sha256:" + 64 * "b"], set()),
-    ("containers.gpu.visible", "containers.service.gpus", [], set()),
+    ("containers.gpu.engine_restart", f"{THE_FIRST}.gpu", "hook", set()),
+    ("containers.ollama.running", f"{SERVICES}.ollama.running", False, OLLAMA),
+    ("containers.milvus.running", f"{SERVICES}.milvus.running", False, MILVUS),
+    ("containers.ollama.running", f"{SERVICES}.ollama.health", "unhealthy", set()),
+    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": 8193}], set()),
+    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": None}], set()),
+    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [BY_OLLAMA, {**BY_OLLAMA, "pid": 9}], set()),
+    ("containers.milvus.budget", "nvidia.nvml.gpus.0.processes.2.memory_mib", 1025, set()),
+    ("containers.tenants.astro.budget", "nvidia.nvml.gpus.0.processes.3.memory_mib", 6145, set()),
+    ("containers.card.foreign", "nvidia.nvml.gpus.0.processes.0.name", "python3", set()),
+    ("containers.card.foreign", "nvidia.nvml.gpus.0.processes.1.cgroup", f"/docker/{64 * '9'}", set()),
+    # A tenant without a share runs no jobs.
+    ("containers.card.foreign", "containers.data.containers.2.tenant", "ml", set()),
+    *[
+        (f"containers.{service}.{name}", f"{SERVICES}.{service}.{place}", value, set())
+        for service in ("ollama", "milvus")
+        for name, place, value in EACH_SERVICE
+    ],
+    ("containers.milvus.loopback", "ports.9091", True, set()),
+    ("containers.ollama.hardening", f"{SERVICES}.ollama.limits.memory_mib", 16384, set()),
     (
         "containers.ollama.api",
-        "containers.service.version",
+        f"{SERVICES}.ollama.version",
         {"error": "Connection refused"},
         {"containers.ollama.gpu"},
     ),
-    ("containers.ollama.loopback", "ollama_port.open", True, set()),
-    ("containers.ollama.loopback", "containers.service.listens", ["0.0.0.0", "127.0.0.1"], set()),
-    ("containers.ollama.models", "containers.service.tags", {"json": {"models": []}}, set()),
-    (
-        "containers.ollama.storage",
-        "containers.service.models_folder",
-        {"inside": "/root/.ollama/models", "outside": "/var/lib/docker/volumes/o", "on_data_disk": False},
-        set(),
-    ),
+    ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": []}}, set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, set()),
     ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, set()),
@@ -401,12 +439,13 @@ def test_guest_whose_gpu_is_missing_fails_in_one_line(
 
     # Docker starts nothing that was given the card, and says so of a container with it.
     observations["containers"]["cdi"] = []
-    observations["containers"]["service"] |= {"running": False, "status": "exited", "gpus": []}
+    for service in observations["containers"]["services"].values():
+        service |= {"running": False, "status": "exited", "gpus": []}
 
     run = verify(lab_file(tmp_path), "--limit", "gpu01", plugin=Doctored(observations))
 
     assert run.ids("fail") == {"nvidia.gpu.visible"}
-    assert run.ids("not run") == GPU | UNSEEN | OLLAMA | {"nvidia.driver.loaded"}
+    assert run.ids("not run") == GPU | UNSEEN | OLLAMA | MILVUS | {"nvidia.driver.loaded"}
     result = run.result("nvidia.gpu.visible")
     assert "\n" not in result["message"] and said in result["message"]
     assert fix in result["fix"]
@@ -439,6 +478,8 @@ def shared(sharing: str) -> dict[str, Any]:
     nvidia |= {"mps": None, "tenants": {}}
     nvidia["units"]["gpulab-mps.service"] = {"active": "", "enabled": ""}
     nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": []}
+    for service in observations["containers"]["services"].values():
+        service["privileges"] |= {"uid": 0, "ipc": "own"}
     return observations
 
 
@@ -462,7 +503,7 @@ def test_undeclared_settings_are_the_cards_own(tmp_path: Path) -> None:
     observations = healthy()
     nvidia = observations["nvidia"]
     gpu = nvidia["nvml"]["gpus"][0]
-    gpu |= {"power_limit_w": 140.0, "power_enforced_w": 140.0, "ecc": 1, "temperature_c": 95}
+    gpu |= {"power_limit_w": 140.0, "power_enforced_w": 140.0, "ecc": 1, "temperature_c": 95, "processes": []}
     gpu["work"]["clock_mhz"] = 1800
     nvidia["mps"] |= {"percentage": {"status": 0, "says": "100.0"}, "memory": {"status": 0, "says": ""}}
     nvidia |= {"tenants": {}, "cuda": {}}
@@ -556,7 +597,9 @@ def test_guest_without_gpu_has_no_gpu_checks(tmp_path: Path) -> None:
 
 
 def test_no_declared_model_is_not_run(tmp_path: Path) -> None:
-    guest = {"services": {"ollama": {"image": healthy()["containers"]["service"]["digests"][0], "models": []}}}
+    guest = {
+        "services": {"ollama": {"image": healthy()["containers"]["services"]["ollama"]["digests"][0], "models": []}}
+    }
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 

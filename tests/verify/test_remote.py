@@ -548,7 +548,7 @@ def nvmlDeviceGetPowerManagementLimit(handle): return 120000
 def nvmlDeviceGetTemperature(handle, sensor): return 47
 def nvmlDeviceGetTemperatureThreshold(handle, kind): return {3: 90}[kind]
 def nvmlDeviceGetPcieReplayCounter(handle): return 4
-def nvmlDeviceGetComputeRunningProcesses(handle): return [Struct(pid=PID)]
+def nvmlDeviceGetComputeRunningProcesses(handle): return [Struct(pid=PID, usedGpuMemory=5 << 20)]
 def nvmlDeviceGetRemappedRows(handle): return (4, 0, 0, 0)
 def nvmlDeviceGetTotalEccErrors(handle, kind, counter): raise AssertionError("not asked while ECC is off")
 def nvmlDeviceGetCurrPcieLinkWidth(handle): return 16
@@ -573,6 +573,7 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = tmp_path / "sent"
 
     name = os.path.basename(Path("/proc/self/cmdline").read_text().partition("\0")[0])
+    cgroup = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
 
     found = nvml(folder, "", monkeypatch)
 
@@ -597,7 +598,9 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "ecc_uncorrected": None,
             "remapped": [0, 0, 0],
             "replays": [4, 4],
-            "processes": [{"pid": os.getpid(), "name": name, "uid": os.getuid()}],
+            "processes": [
+                {"pid": os.getpid(), "name": name, "uid": os.getuid(), "memory_mib": 5, "cgroup": cgroup},
+            ],
             # This process is on the card: its load is the load.
             "work": {"by": [name], "error": "", "generation": 1, "clock_mhz": None, "use": None, "reasons": None},
         }
@@ -811,16 +814,27 @@ def test_way_of_the_gpu_into_a_container(settings: dict[str, Any], way: str | No
 
 def test_listening_addresses(tmp_path: Path) -> None:
     head = "  sl  local_address rem_address   st\n"
-    rows = ["0100007F:2CAA 00000000:0000 0A", "00000000:2CAA 00000000:0000 0A", "0100007F:2CAA 0100007F:9999 01"]
+    rows = [
+        "0100007F:2CAA 00000000:0000 0A 0:0 0:0 0 0 0 1",
+        "00000000:2CAA 00000000:0000 0A 0:0 0:0 0 0 0 4711",
+        "0100007F:2CAA 0100007F:9999 01 0:0 0:0 0 0 0 4711",
+    ]
     put(tmp_path, "proc/net/tcp", head + "".join(f"   {number}: {row}\n" for number, row in enumerate(rows)))
     put(tmp_path, "proc/net/tcp6", head + "   0: 00000000000000000000000001000000:2CAA 0:0 0A\n")
 
-    assert containers.listening(tmp_path, 11434) == [
-        "0.0.0.0",
-        "0000:0000:0000:0000:0000:0000:0000:0001",
-        "127.0.0.1",
+    (tmp_path / "proc/77/fd").mkdir(parents=True)
+    put(tmp_path, "proc/77/comm", "nginx\n")
+    (tmp_path / "proc/77/fd/5").symlink_to("socket:[4711]")
+    (tmp_path / "proc/77/fd/6").symlink_to("/dev/null")
+
+    found = containers.listening(tmp_path)
+
+    assert [(each["address"], each["port"]) for each in found] == [
+        ("0.0.0.0", 11434),
+        ("0000:0000:0000:0000:0000:0000:0000:0001", 11434),
+        ("127.0.0.1", 11434),
     ]
-    assert containers.listening(tmp_path, 80) == []
+    assert [each["program"] for each in found] == ["nginx", "", ""]
 
 
 def test_models_folder_is_the_nearest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -854,7 +868,20 @@ case "$*" in
 "info "*) echo '{"ServerVersion": "26.1.5", "CDISpecDirs": []}';;
 "inspect --type container ollama") cat <<'END'
 [{"Image": "sha256:1", "Config": {"Env": ["HOME=/root", "OLLAMA_HOST=0.0.0.0:11434"]},
-  "State": {"Running": true, "Status": "running"}, "Mounts": [{"Destination": "/root/.ollama", "Source": "/srv/o"}]}]
+  "State": {"Running": true, "Status": "running", "Pid": 77},
+  "HostConfig": {"PortBindings": {"11434/tcp": [{"HostIp": "127.0.0.1", "HostPort": "11434"}]}, "Memory": 2097152,
+                 "PidsLimit": 64, "SecurityOpt": ["no-new-privileges"]},
+  "NetworkSettings": {"Networks": {"gpulab-ollama": {}}},
+  "Mounts": [{"Destination": "/root/.ollama", "Source": "/srv/o"}]}]
+END
+;;
+"inspect --type container milvus") cat <<'END'
+[{"Image": "sha256:9", "Config": {}, "State": {"Running": false, "Status": "exited", "Pid": 0},
+  "HostConfig": {"PortBindings": {"19530/tcp": [{"HostIp": "", "HostPort": "19530"}], "9/udp": null}, "Memory": 0,
+                 "PidsLimit": null},
+  "Mounts": [{"Destination": "/var/lib/milvus/etcd", "Source": "/srv/milvus/etcd", "RW": true},
+             {"Destination": "/var/lib/milvus", "Source": "/srv/milvus", "RW": true},
+             {"Destination": "/c", "Source": "/srv", "RW": true}]}]
 END
 ;;
 "image inspect sha256:1")
@@ -862,7 +889,8 @@ END
 "exec ollama nvidia-smi -L") echo "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)";;
 "ps --all --quiet --no-trunc --filter label=org.gpulab.service") echo "1 2";;
 "inspect --type container 1 2") cat <<'END'
-[{"Name": "/ollama", "State": {"Running": true},
+[{"Name": "/ollama", "Id": "1", "State": {"Running": true},
+  "Config": {"Labels": {"org.gpulab.service": "ollama"}},
   "HostConfig": {"DeviceRequests": [{"Driver": "cdi"}]},
   "Mounts": [{"Type": "bind", "Source": "DATA/ollama", "RW": true}, {"Type": "tmpfs", "Source": "", "RW": true},
              {"Type": "bind", "Source": "/etc/os-release", "RW": false}, {"Type": "bind", "Source": "DATA/gone"}]},
@@ -880,22 +908,66 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
 
 
+def observed(root: Path, name: str, *ports: int, asks: dict[str, str] | None = None) -> dict[str, Any]:
+    services = {name: {"ports": list(ports), "asks": asks or {}}}
+    return containers.observe({"engine": "docker", "services": services, "mount": "/srv"}, root)
+
+
 def test_service_is_read(tmp_path: Path, docker: None) -> None:
-    found = containers.observe({"engine": "docker", "container": "ollama", "port": 9, "mount": "/srv"}, tmp_path)
+    found = observed(tmp_path, "ollama", 9, asks={"version": "/api/version"})
 
     assert found["engine"]["version"] == "26.1.5"
-    service = found["service"]
+    service = found["services"]["ollama"]
     assert (service["running"], service["health"], service["digests"]) == (True, None, ["lab/ollama@sha256:2"])
     assert service["gpus"] == ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"]
-    assert service["models_folder"]["outside"] == "/srv/o"
+    assert service["storage"]["outside"] == "/srv/o"
+    assert service["published"] == ["127.0.0.1:11434"]
     assert "refused" in service["version"]["error"]
+    # What the engine was told, where the kernel says nothing.
+    assert (service["limits"], service["privileges"]) == ({"memory_mib": 2, "pids": 64}, None)
     assert found["simulated"] == ["the image of ollama"]
 
 
-def test_absent_service_is_seen_as_absent(tmp_path: Path, docker: None) -> None:
-    found = containers.observe({"engine": "docker", "container": "milvus", "port": 9, "mount": "/srv"}, tmp_path)
+def test_rights_of_a_service_are_the_kernels(tmp_path: Path, docker: None) -> None:
+    status = "Name:\tollama\nUid:\t850\t850\t850\t850\nCapBnd:\t00000000000000c0\nNoNewPrivs:\t1\n"
+    put(tmp_path, "proc/77/status", status)
+    root = "1 2 0:3 / / rw,relatime - overlay overlay rw\n2 1 0:4 / / ro,relatime - overlay overlay rw\n"
+    put(tmp_path, "proc/77/mountinfo", f"{root}3 2 0:5 / /tmp rw - tmpfs tmpfs rw\n")
+    put(tmp_path, "proc/77/cgroup", "0::/docker/1\n")
+    put(tmp_path, "sys/fs/cgroup/docker/1/memory.max", "1073741824\n")
+    put(tmp_path, "sys/fs/cgroup/docker/1/pids.max", "max\n")
+    for pid, inode in ((77, 5), (1, 5)):
+        (tmp_path / f"proc/{pid}/ns").mkdir(parents=True)
+        (tmp_path / f"proc/{pid}/ns/ipc").symlink_to(f"ipc:[{inode}]")
 
-    assert found["service"] == {"exists": False, "running": False, "listens": []}
+    service = observed(tmp_path, "ollama", 9)["services"]["ollama"]
+
+    assert service["limits"] == {"memory_mib": 1024, "pids": None}
+    assert service["privileges"] == {
+        "privileged": False,
+        "read_only": True,
+        "capabilities": 0xC0,
+        "no_new_privileges": True,
+        "unconfined": False,
+        "uid": 850,
+        "ipc": "host",
+        "networks": ["gpulab-ollama"],
+    }
+
+
+def test_service_that_has_ended_is_read(tmp_path: Path, docker: None) -> None:
+    service = observed(tmp_path, "milvus", 19530, 9091)["services"]["milvus"]
+
+    assert (service["exists"], service["running"], service["status"]) == (True, False, "exited")
+    assert service["published"] == ["0.0.0.0:19530"]
+    assert (service["storage"]["inside"], service["storage"]["outside"]) == ("/var/lib/milvus", "/srv/milvus")
+    assert (service["limits"], service["privileges"]) == ({"memory_mib": None, "pids": None}, None)
+
+
+def test_absent_service_is_seen_as_absent(tmp_path: Path, docker: None) -> None:
+    found = observed(tmp_path, "pytorch", 9)
+
+    assert found["services"]["pytorch"] == {"exists": False, "running": False, "listens": []}
 
 
 def test_containers_of_ours_are_read_with_the_folders_they_see(
@@ -907,22 +979,23 @@ def test_containers_of_ours_are_read_with_the_folders_they_see(
     tool = tmp_path / "bin/docker"
     tool.write_text(DOCKER.replace("DATA", str(data)))
 
-    ollama, web = containers.ours(str(data))
+    ollama, web = containers.ours("docker", str(data))
 
     assert (ollama["name"], ollama["running"], web["name"], web["running"]) == ("ollama", True, "web.new", False)
     assert (ollama["gpu"], web["gpu"]) == ("cdi", None)
+    assert (ollama["id"], ollama["service"], ollama["tenant"]) == ("1", "ollama", "")
     seen = [(folder["source"].rpartition("/")[2], folder["written"]) for folder in ollama["folders"]]
     assert seen == [("ollama", True), ("os-release", False), ("gone", True)]
     # The test's folder and /etc may share a file system; one that is not there lies nowhere.
     assert [folder["on_data_disk"] for folder in ollama["folders"]][::2] == [True, False]
     monkeypatch.setattr("os.path.ismount", lambda path: False)
-    assert not any(folder["on_data_disk"] for folder in containers.ours(str(data))[0]["folders"])
+    assert not any(folder["on_data_disk"] for folder in containers.ours("docker", str(data))[0]["folders"])
 
 
 def test_podman_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path, "bin/podman", '#!/bin/sh\necho \'{"version": {"Version": "5.4.2"}}\'\n').chmod(0o755)
+    put(tmp_path, "bin/podman", '#!/bin/sh\n[ "$1" = ps ] || echo \'{"version": {"Version": "5.4.2"}}\'\n').chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
-    arguments = {"engine": "podman", "container": None, "port": None, "mount": "/srv"}
+    arguments = {"engine": "podman", "services": {}, "mount": "/srv"}
 
     assert containers.observe(arguments, tmp_path)["engine"]["active"] == "without Quadlet"
     put(tmp_path, "usr/lib/systemd/system-generators/podman-system-generator", "")

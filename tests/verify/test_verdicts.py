@@ -97,7 +97,7 @@ def test_expected_not_run_is_excused_by_name_in_a_simulated_lab(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guest: dict[str, Any] = {"simulated": "rehearsal", "expected_not_run": ["containers.ollama.gpu"]}
-    image = healthy()["containers"]["service"]["digests"][0]
+    image = healthy()["containers"]["services"]["ollama"]["digests"][0]
     guest["services"] = {"ollama": {"image": image}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
@@ -117,7 +117,7 @@ def test_expected_not_run_excuses_no_failure(tmp_path: Path) -> None:
 
 def test_expected_not_run_excuses_nothing_on_real_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guest: dict[str, Any] = {"expected_not_run": ["containers.ollama.gpu"]}
-    guest["services"] = {"ollama": {"image": healthy()["containers"]["service"]["digests"][0]}}
+    guest["services"] = {"ollama": {"image": healthy()["containers"]["services"]["ollama"]["digests"][0]}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,35 +19,43 @@ from typing import Any
 STAND_IN = "org.gpulab.stand-in"
 #: The label of a container of ours: the name of its service.
 SERVICE = "org.gpulab.service"
+#: The label of a tenant's job: the tenant's name.
+TENANT = "org.gpulab.tenant"
 #: The kind of the GPU's devices in CDI specifications.
 KIND = "nvidia.com/gpu"
 #: Where Podman looks for them, as its own default and as deploy's settings say.
 PODMAN_FOLDERS = ["/etc/cdi", "/var/run/cdi"]
+#: What looks after the services.
+HEALING = "gpulab-heal.timer"
 #: The state LISTEN in /proc/net/tcp.
 LISTEN = "0A"
 
 
 def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]:
-    """`arguments`: `engine` (docker or podman), `mount` of the data disk; `container` and `port` of the service, both
-    None without one.
+    """`arguments`: `engine` (docker or podman), `mount` of the data disk, and `services`: name to its `ports` on the
+    guest and what to ask it (`asks`: key to path, on the first of its ports).
     """
-    engine = podman(root) if arguments["engine"] == "podman" else docker()
-    name = arguments["container"]
-    service = container(root, name, arguments["port"], arguments["mount"]) if name else None
+    kind, mount = arguments["engine"], arguments["mount"]
+    engine = podman(root) if kind == "podman" else docker()
+    listeners = listening(root)
+    services = {
+        name: service(root, kind, name, mount, asked, listeners) for name, asked in arguments["services"].items()
+    }
     files = specifications([root / folder.lstrip("/") for folder in engine["cdi_folders"]])
-    in_container = (service or {}).get("nvidia_smi", "")
-    says = {"nvidia-smi": in_container, f"the image of {name}": (service or {}).get("stand_in") or ""}
+    says = {f"nvidia-smi in {name}": each.get("nvidia_smi", "") for name, each in services.items()}
+    says |= {f"the image of {name}": each.get("stand_in") or "" for name, each in services.items()}
     return {
         "engine": engine,
         "cdi": sorted({f"{text['kind']}={device}" for text in files.values() for device in text["devices"]}),
         "specifications": {path: described(root, text) for path, text in files.items() if text["kind"] == KIND},
         "loaded": (read(root / "sys/module/nvidia/version") or "").strip() or None,
-        "service": service,
+        "services": services,
         "data": {
-            "mounted": os.path.ismount(arguments["mount"]),
-            "containers": ours(arguments["mount"]),
-            "bound": bound_units(arguments["mount"]),
+            "mounted": os.path.ismount(mount),
+            "containers": ours(kind, mount),
+            "bound": bound_units(mount),
         },
+        "healing": healing(root),
         "simulated": [source for source, text in says.items() if "simulated" in text.lower()],
     }
 
@@ -105,13 +114,16 @@ def described(root: Path, specification: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def container(root: Path, name: str, port: int, mount: str) -> dict[str, Any]:
-    """The service's container: what runs, from which image, where its files lie, what it answers."""
-    inspected = (as_json(output(["docker", "inspect", "--type", "container", name])) or [None])[0]
+def service(
+    root: Path, engine: str, name: str, mount: str, asked: dict[str, Any], listeners: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A service's container: what runs, from which image, where its files lie, what it may do, what it answers."""
+    ports = asked["ports"]
+    listens = [each for each in listeners if each["port"] in ports]
+    inspected = (as_json(output([engine, "inspect", "--type", "container", name])) or [None])[0]
     if inspected is None:
-        return {"exists": False, "running": False, "listens": listening(root, port)}
-    image = (as_json(output(["docker", "image", "inspect", inspected["Image"]])) or [{}])[0]
-    environment = dict(item.partition("=")[::2] for item in inspected["Config"].get("Env") or [])
+        return {"exists": False, "running": False, "listens": listens}
+    image = (as_json(output([engine, "image", "inspect", inspected["Image"]])) or [{}])[0]
     running = bool(inspected["State"]["Running"])
     found: dict[str, Any] = {
         "exists": True,
@@ -119,28 +131,100 @@ def container(root: Path, name: str, port: int, mount: str) -> dict[str, Any]:
         "status": inspected["State"]["Status"],
         "health": (inspected["State"].get("Health") or {}).get("Status"),
         "digests": image.get("RepoDigests") or [],
-        "stand_in": ((image.get("Config") or {}).get("Labels") or {}).get(STAND_IN),
-        "models_folder": models_folder(environment, inspected.get("Mounts") or [], mount),
-        "listens": listening(root, port),
+        "stand_in": (image.get("Labels") or (image.get("Config") or {}).get("Labels") or {}).get(STAND_IN),
+        "storage": storage(name, inspected, mount),
+        "listens": listens,
+        "published": published(inspected),
+        "limits": limits(root, inspected),
+        "privileges": privileges(root, inspected),
     }
     if running:
-        smi = run(["docker", "exec", name, "nvidia-smi", "-L"])
+        smi = run([engine, "exec", name, "nvidia-smi", "-L"])
         found["nvidia_smi"] = smi.stdout + smi.stderr
         found["gpus"] = (
             [line for line in smi.stdout.splitlines() if line.startswith("GPU ")] if not smi.returncode else []
         )
-        found["version"] = ask(port, "/api/version")
-        found["tags"] = ask(port, "/api/tags")
+        found.update({key: ask(ports[0], path) for key, path in asked["asks"].items()})
     return found
 
 
-def ours(data: str) -> list[dict[str, Any]]:
+def published(inspected: dict[str, Any]) -> list[str]:
+    """`address:port` on the guest of every port that the engine hands to the container; an empty address is all."""
+    settings = inspected["HostConfig"].get("PortBindings") or {}
+    return sorted(
+        f"{each.get('HostIp') or '0.0.0.0'}:{each.get('HostPort') or 'any'}"
+        for bound in settings.values()
+        for each in bound or []
+    )
+
+
+def limits(root: Path, inspected: dict[str, Any]) -> dict[str, int | None]:
+    """MiB of main memory and number of processes that it may have, as the kernel has them or else the engine; None:
+    no limit.
+    """
+    group = root / "sys/fs/cgroup" / (cgroup(root, inspected["State"].get("Pid") or 0) or "-").lstrip("/")
+    settings = inspected["HostConfig"]
+    memory = number(read(group / "memory.max"), settings.get("Memory"))
+    return {
+        "memory_mib": memory // 2**20 if memory else None,
+        "pids": number(read(group / "pids.max"), settings.get("PidsLimit")),
+    }
+
+
+def number(told: str | None, declared: int | None) -> int | None:
+    """A limit of a control group (`max`: none), or what the engine was told (0 or less: none) where there is no such
+    file.
+    """
+    if told is not None:
+        return int(told) if told.strip().isdigit() else None
+    return declared if declared and declared > 0 else None
+
+
+def cgroup(root: Path, pid: int) -> str | None:
+    """A process' control group, below the mount of cgroup v2; None: no such process."""
+    lines = (read(root / f"proc/{pid}/cgroup") or "").splitlines()
+    return next((line[3:] for line in lines if line.startswith("0::")), None)
+
+
+def privileges(root: Path, inspected: dict[str, Any]) -> dict[str, Any] | None:
+    """What its first process may really do, as the kernel has it; None: there is none."""
+    pid = inspected["State"].get("Pid") or 0
+    told = dict(line.partition(":\t")[::2] for line in (read(root / f"proc/{pid}/status") or "").splitlines())
+    if not pid or "CapBnd" not in told:
+        return None
+    mounts = [line.split() for line in (read(root / f"proc/{pid}/mountinfo") or "").splitlines()]
+    # The last of those on one path is the one that is seen.
+    top = [words[5].split(",") for words in mounts if len(words) > 5 and words[4] == "/"]
+    options = inspected["HostConfig"].get("SecurityOpt") or []
+    return {
+        "privileged": bool(inspected["HostConfig"].get("Privileged")),
+        "read_only": bool(top) and "ro" in top[-1],
+        "capabilities": int(told["CapBnd"], 16),
+        "no_new_privileges": told.get("NoNewPrivs") == "1",
+        "unconfined": any("seccomp" in option and "unconfined" in option for option in options),
+        "uid": int(told["Uid"].split()[0]),
+        "ipc": "host" if namespace(root, pid, "ipc") == namespace(root, 1, "ipc") else "own",
+        "networks": sorted((inspected.get("NetworkSettings") or {}).get("Networks") or {}),
+    }
+
+
+def namespace(root: Path, pid: int, kind: str) -> str:
+    try:
+        return os.readlink(root / f"proc/{pid}/ns/{kind}")
+    except OSError:
+        return ""
+
+
+def ours(engine: str, data: str) -> list[dict[str, Any]]:
     """Every container of ours, whatever its state, with the folders of the guest that it sees."""
-    ids = output(["docker", "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={SERVICE}"]).split()
-    inspected = (as_json(output(["docker", "inspect", "--type", "container", *ids])) or []) if ids else []
+    ids = output([engine, "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={SERVICE}"]).split()
+    inspected = (as_json(output([engine, "inspect", "--type", "container", *ids])) or []) if ids else []
     return [
         {
             "name": item["Name"].lstrip("/"),
+            "id": item.get("Id", ""),
+            "service": (item.get("Config", {}).get("Labels") or {}).get(SERVICE, ""),
+            "tenant": (item.get("Config", {}).get("Labels") or {}).get(TENANT, ""),
             "running": bool(item["State"]["Running"]),
             "gpu": way_of_the_gpu(item["HostConfig"]),
             "folders": [
@@ -177,6 +261,27 @@ def bound_units(data: str) -> list[str]:
     return [name for name in names if output(["systemctl", "is-active", name]).strip() == "active"]
 
 
+def storage(name: str, inspected: dict[str, Any], data: str) -> dict[str, Any]:
+    """Where the service's data lies: path `inside` and `outside` of its container, and whether on the data disk."""
+    mounts = inspected.get("Mounts") or []
+    if name == "ollama":
+        environment = dict(item.partition("=")[::2] for item in inspected["Config"].get("Env") or [])
+        return models_folder(environment, mounts, data)
+    below = [each for each in mounts if each.get("RW", True) and _within(each["Source"], f"{data}/{name}")]
+    if not below:
+        return {"inside": "its folders", "outside": None, "on_data_disk": False}
+    nearest = min(below, key=lambda each: len(each["Source"]))
+    return {
+        "inside": nearest["Destination"],
+        "outside": nearest["Source"],
+        "on_data_disk": on_disk(nearest["Source"], data),
+    }
+
+
+def _within(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
+
+
 def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], data: str) -> dict[str, Any]:
     """Where Ollama's models lie on the guest, and whether that is on the data disk."""
     inside = Path(environment.get("OLLAMA_MODELS") or Path(environment.get("HOME") or "/root") / ".ollama/models")
@@ -188,16 +293,36 @@ def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], dat
     return {"inside": str(inside), "outside": str(outside), "on_data_disk": on_disk(str(outside), data)}
 
 
-def listening(root: Path, port: int) -> list[str]:
-    """Local addresses on which something listens on TCP `port`, as the kernel counts them."""
-    found = set()
+def listening(root: Path) -> list[dict[str, Any]]:
+    """Who listens on TCP: `address`, `port` and the `program` that holds the socket, as the kernel has them."""
+    found = {}
     for name, width in (("tcp", 8), ("tcp6", 32)):
         path = root / "proc/net" / name
         for line in path.read_text().splitlines()[1:] if path.exists() else []:
-            address, _, number = line.split()[1].partition(":")
-            if line.split()[3] == LISTEN and int(number, 16) == port:
-                found.add(dotted(address[:width]))
-    return sorted(found)
+            words = line.split()
+            address, _, port = words[1].partition(":")
+            if words[3] == LISTEN:
+                inode = words[9] if len(words) > 9 else ""
+                found[dotted(address[:width]), int(port, 16)] = inode
+    holding = holders(root) if found else {}
+    return [
+        {"address": address, "port": port, "program": holding.get(inode, "")}
+        for (address, port), inode in sorted(found.items())
+    ]
+
+
+def holders(root: Path) -> dict[str, str]:
+    """The program behind each socket, by the socket's inode."""
+    found = {}
+    for process in (root / "proc").glob("[0-9]*"):
+        name = (read(process / "comm") or "").strip()
+        try:
+            links = [os.readlink(entry) for entry in os.scandir(process / "fd")]
+        except OSError:
+            # It ended meanwhile.
+            continue
+        found.update({link[8:-1]: name for link in links if link.startswith("socket:[")})
+    return found
 
 
 def dotted(raw: str) -> str:
@@ -228,6 +353,23 @@ def load_model(port: int, model: str, limit_s: float) -> dict[str, Any]:
     """Load a model as an empty prompt does, and what then lies in memory."""
     loaded = ask(port, "/api/generate", {"model": model, "prompt": "", "stream": False}, limit_s)
     return {"load": loaded, "ps": ask(port, "/api/ps"), "simulated": []}
+
+
+def healing(root: Path) -> dict[str, Any]:
+    """The timer that restarts services, the age of its last look in seconds, and the alarms that it has raised."""
+    names = ("ActiveState", "UnitFileState")
+    shown = output(["systemctl", "show", f"--property={','.join(names)}", HEALING]).splitlines()
+    told = dict(line.partition("=")[::2] for line in shown)
+    state, alarms = root / "var/lib/gpulab/heal", {}
+    for path in sorted((state / "alarm").glob("*")) if (state / "alarm").is_dir() else []:
+        alarms[path.name] = " ".join((read(path) or "").split())[:300]
+    look = state / "look.json"
+    return {
+        "active": told.get("ActiveState", ""),
+        "enabled": told.get("UnitFileState", ""),
+        "age_s": time.time() - look.stat().st_mtime if look.exists() else None,
+        "alarms": alarms,
+    }
 
 
 def read(path: Path) -> str | None:

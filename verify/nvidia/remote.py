@@ -423,14 +423,25 @@ def watts(milliwatts: int | None) -> float | None:
 
 
 def processes(ask: Question) -> list[dict[str, Any]]:
-    """Who computes on the GPU: pid, name and user id."""
-    found = {}
+    """Who computes on the GPU: pid, name, user id, MiB of its memory (None: NVML does not say) and the control group,
+    which holds the id of a container.
+    """
+    found: dict[int, dict[str, Any]] = {}
     for kind in ("Compute", "MPSCompute", "Graphics"):
         for process in ask(f"nvmlDeviceGet{kind}RunningProcesses") or []:
-            uid = owner(Path(f"/proc/{process.pid}"))
-            name = os.path.basename((word(Path(f"/proc/{process.pid}/cmdline")) or "").partition("\0")[0])
-            if uid is not None:
-                found[process.pid] = {"pid": process.pid, "name": name, "uid": uid}
+            here = Path(f"/proc/{process.pid}")
+            uid = owner(here)
+            name = os.path.basename((word(here / "cmdline") or "").partition("\0")[0])
+            if uid is None or (process.pid in found and found[process.pid]["memory_mib"] is not None):
+                continue
+            used = getattr(process, "usedGpuMemory", None)
+            found[process.pid] = {
+                "pid": process.pid,
+                "name": name,
+                "uid": uid,
+                "memory_mib": None if used is None else round(used / 2**20),
+                "cgroup": (word(here / "cgroup") or "").rpartition("::")[2],
+            }
     return list(found.values())
 
 
