@@ -174,3 +174,7 @@ with run.of_host() as part:
                 environment=ollama.environment,
                 client=sharing.client(guest),
             )
+
+    if guest:
+        # Behind the services: nobody is let in to what is not there yet.
+        containers.proxy(name="Let the tenants reach the services", wanted=containers.proxy_of(part.lab, guest))

@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -107,8 +107,10 @@ class Actions:
         return bool(self.install or self.files or self.no_default or self.enable or self.reload or self.restart)
 
 
-def declared(lab: Lab, guest: Guest) -> Proxy:
+def proxy_of(lab: Lab, guest: Guest, without_previous: Collection[str] = ()) -> Proxy:
     """What the inventory and the lab's secrets make of it; secrets and certificates that are not there yet are made.
+
+    + without_previous: names of secrets whose previous value no longer counts
 
     Raises:
         GpulabError: a token of the environment is none, or a file of the certificate can't be used.
@@ -120,7 +122,10 @@ def declared(lab: Lab, guest: Guest) -> Proxy:
     secrets, cluster = Secrets(guest.state), lab.node_of(guest).cluster_name
     services = []
     for name, service in served.items():
-        tenants = {each: _accepted(secrets, cluster, token(name, each), guest.name) for each in tenants_of(guest, name)}
+        tenants = {
+            each: _accepted(secrets, cluster, token(name, each), guest.name, without_previous)
+            for each in tenants_of(guest, name)
+        }
         of_ollama = name == "ollama"
         services.append(
             Served(
@@ -146,9 +151,9 @@ def declared(lab: Lab, guest: Guest) -> Proxy:
     )
 
 
-def _accepted(secrets: Secrets, cluster: str, name: str, host: str) -> list[str]:
+def _accepted(secrets: Secrets, cluster: str, name: str, host: str, without_previous: Collection[str]) -> list[str]:
     """The secret, and the one before it as long as a rotation keeps it."""
-    previous = secrets.get(cluster, previous_of(name), host)
+    previous = None if name in without_previous else secrets.get(cluster, previous_of(name), host)
     found = [secrets.once(cluster, name, host), *([previous] if previous else [])]
     for value in found:
         if not _TOKEN.fullmatch(value) and name.startswith("token."):
@@ -308,7 +313,7 @@ def proxy(wanted: Proxy) -> step.Commands:
     that refuses them goes on with those before. Without services of ours the files go; nginx stops if it serves nobody
     else.
 
-    + wanted: what `declared()` says
+    + wanted: what `proxy_of()` says
     """
     found = read(wanted)
     actions = decide(found, wanted)
