@@ -7,6 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from inventory import Lab
+from inventory.access import BY_TOKEN
 from inventory.budgets import budgets
 
 
@@ -33,8 +34,9 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 
     `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `mps` those of them that
     share it with MPS and `no_mps` the others, `ollama` those that run it, `backups` those with declared backups,
-    `services` those that serve any, `docker` those with a GPU and Docker, `gpu_containers` those on which verify can
-    start a container with the GPU: with Ollama's image, or with Podman, which needs none.
+    `services` those that serve any, `access` those whose proxy lets tenants in to one, `docker` those with a GPU
+    and Docker, `gpu_containers` those on which verify can start a container with the GPU: with Ollama's image, or
+    with Podman, which needs none.
     """
     guests = [guest for guest in lab.guests.values() if guest.name in chosen]
     match kind:
@@ -55,6 +57,8 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests if guest.services.ollama is not None]
         case "services":
             return [guest.name for guest in guests if guest.services.served()]
+        case "access":
+            return [guest.name for guest in guests if guest.access is not None and guest.services.served()]
         case "docker":
             return [guest.name for guest in guests if guest.gpu is not None and guest.engine.kind == "docker"]
         case "gpu_containers":
@@ -64,10 +68,12 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 
 
 def parts_of(lab: Lab, host: str, part: str) -> list[str]:
-    """What a check that is made once for each part of a guest is about: its served services (`service`), or everyone
-    who has a share of its card (`share`), as a check's id names it.
+    """What a check that is made once for each part of a guest is about: its served services (`service`), those of them
+    that ask for a token (`by_token`), or everyone who has a share of its card (`share`), as a check's id names it.
     """
     guest = lab.guests[host]
     if part == "service":
         return list(guest.services.served())
+    if part == "by_token":
+        return [name for name in guest.services.served() if name in BY_TOKEN]
     return [budget.key.removeprefix("services.") for budget in budgets(guest)]
