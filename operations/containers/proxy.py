@@ -39,12 +39,14 @@ FOLDER = "/etc/nginx/gpulab"
 CONFIGURATION = "/etc/nginx/conf.d/gpulab.conf"
 DROP_IN = f"/etc/systemd/system/{UNIT}.d/gpulab.conf"
 CERTIFICATE, KEY = f"{FOLDER}/server.pem", f"{FOLDER}/server.key"
+#: systemd's resolver listens for its neighbours' questions (LLMNR, port 5355) unless it is told not to.
+RESOLVER = "/etc/systemd/resolved.conf.d/gpulab.conf"
 RUNTIME = "gpulab-proxy"
 SOCKET = f"/run/{RUNTIME}/generation.sock"
 #: Below the pattern of the logrotate settings that nginx' package brings: two weeks.
 LOG = "/var/log/nginx/gpulab.log"
 DEFAULT_SITE = "/etc/nginx/sites-enabled/default"
-SHOWN = (CONFIGURATION, DROP_IN, CERTIFICATE)
+SHOWN = (CONFIGURATION, DROP_IN, RESOLVER, CERTIFICATE)
 
 #: What users need of Ollama's API. Models are the inventory's: nothing that makes, copies or removes one.
 OLLAMA_PATHS = (
@@ -217,6 +219,7 @@ def wanted_files(proxy: Proxy, version: str) -> dict[str, File]:
     plain = {
         CERTIFICATE: File(proxy.pair.certificate),
         DROP_IN: File(render("containers/gpulab-nginx.service.j2", runtime=RUNTIME)),
+        RESOLVER: File(render("containers/gpulab-resolved.conf.j2")),
     }
     values = {
         "services": proxy.services,
@@ -353,6 +356,7 @@ def applied(actions: Actions, wanted: Proxy, version: str) -> StringCommand:
         "generation": generation_of(wanted_files(wanted, version)),
         "no_default": actions.no_default,
         "unit_changed": DROP_IN in actions.files,
+        "resolver_changed": RESOLVER in actions.files,
         "restart": bool(actions.restart),
         "stop": actions.stop,
     }

@@ -110,6 +110,7 @@ class Guest:
             "generation": generation_of(wanted),
             "no_default": True,
             "unit_changed": False,
+            "resolver_changed": False,
             "restart": False,
             "stop": False,
             "taken_s": 5.0,

@@ -24,14 +24,7 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
         "active": output(["systemctl", "is-active", "nginx.service"]).strip(),
         "enabled": output(["systemctl", "is-enabled", "nginx.service"]).strip(),
         "refused": refused(),
-        "files": {
-            str(path): described(path)
-            for path in [
-                root / arguments["folder"].lstrip("/"),
-                *sorted((root / arguments["folder"].lstrip("/")).glob("*")),
-            ]
-            if path.exists()
-        },
+        "files": {str(path): described(path) for path in [folder, *sorted(folder.glob("*"))] if path.exists()},
         "log": log(root / arguments["log"].lstrip("/"), set(arguments["requests"])),
         "listens": listening(root),
     }

@@ -97,7 +97,8 @@ def test_no_other_port_is_open(guest: Guest, access: Observation, seen: Callable
     wrong = [each for each in access["open"] if each["port"] not in declared]
     told = ", ".join(f"{each['port']} ({each['program'] or 'unknown'})" for each in wrong)
     assert not wrong, (
-        f"{guest.name}: port {told} of {guest.address.ip} is open to the network, expected SSH and the declared services"
+        f"{guest.name}: port {told} of {guest.address.ip} is open to the network, "
+        "expected SSH and the declared services only"
     )
     seen(f"open: {', '.join(str(each['port']) for each in access['open'])}")
 

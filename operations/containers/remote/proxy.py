@@ -55,6 +55,8 @@ def apply(order: dict[str, Any], files: Files) -> None:
         os.unlink(DEFAULT)
     if order["unit_changed"]:
         systemctl("daemon-reload")
+    if order["resolver_changed"]:
+        systemctl("try-restart", "systemd-resolved.service")
     if order["stop"]:
         systemctl("disable", "--now", UNIT)
         return
