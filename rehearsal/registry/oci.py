@@ -123,6 +123,7 @@ class Settings:
     environment: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     ports: Sequence[int] = ()
+    working_dir: str = "/"
 
 
 def image(layers: Sequence[Layer], settings: Settings) -> Image:
@@ -137,6 +138,7 @@ def image(layers: Sequence[Layer], settings: Settings) -> Image:
                 "Entrypoint": list(settings.entrypoint),
                 "Cmd": list(settings.command),
                 "Labels": dict(settings.labels),
+                "WorkingDir": settings.working_dir,
                 "ExposedPorts": {f"{port}/tcp": {} for port in settings.ports},
             },
             "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},

@@ -16,7 +16,9 @@ import pytest
 
 from inventory import GpulabError
 from rehearsal import ca
-from rehearsal.registry import fixture, oci, server, service
+from rehearsal.registry import fixture, oci, server
+from rehearsal.registry.ollama import recipe as ollama
+from rehearsal.registry.recipe import kept, safe
 
 needs_registry = pytest.mark.skipif(
     shutil.which("docker-registry") is None, reason="no docker-registry here; `apt install docker-registry` supplies it"
@@ -59,8 +61,8 @@ def test_layer_of_a_tar_is_sorted_and_timeless(tmp_path: Path) -> None:
             tar.addfile(link)
         return tmp_path / name
 
-    one = oci.layer_of_tar(archive("1.tar", 1, ["kept", "var/log/x"]), tmp_path, keep=service.kept)
-    two = oci.layer_of_tar(archive("2.tar", 2, ["var/log/x", "kept"]), tmp_path, keep=service.kept)
+    one = oci.layer_of_tar(archive("1.tar", 1, ["kept", "var/log/x"]), tmp_path, keep=kept)
+    two = oci.layer_of_tar(archive("2.tar", 2, ["var/log/x", "kept"]), tmp_path, keep=kept)
     assert one == two
     with tarfile.open(one.path) as tar:
         assert [(member.name, member.linkname) for member in tar] == [("kept", ""), ("link", "kept")]
@@ -128,7 +130,7 @@ def test_registry_speaks_tls_under_the_labs_ca(tmp_path: Path) -> None:
 
 def test_image_of_the_stand_in_runs_as_the_real_one_does(tmp_path: Path) -> None:
     (tmp_path / "layers").mkdir()
-    built = service.ollama_image([], tmp_path, tmp_path / "layers")
+    built = ollama.assemble([], tmp_path, tmp_path / "layers")
     config = json.loads(built.config)["config"]
     assert (config["Entrypoint"], config["Cmd"]) == (["/bin/ollama"], ["serve"])
     assert "OLLAMA_HOST=0.0.0.0:11434" in config["Env"]
@@ -138,7 +140,7 @@ def test_image_of_the_stand_in_runs_as_the_real_one_does(tmp_path: Path) -> None
     assert {"usr/bin/ollama", "opt/ollama/server.py", "opt/ollama/available/tiny_latest.gguf"} <= set(names)
     again = tmp_path / "again"
     again.mkdir()
-    assert service.ollama_image([], again, again).digest == built.digest
+    assert ollama.assemble([], again, again).digest == built.digest
 
 
 def test_tiny_model_is_the_same_each_time(tmp_path: Path) -> None:
@@ -151,5 +153,5 @@ def test_tiny_model_is_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../b"])
 def test_wheel_cannot_write_outside_its_folder(name: str) -> None:
-    assert not service.safe(name)
-    assert service.safe("xllamacpp/__init__.py")
+    assert not safe(name)
+    assert safe("xllamacpp/__init__.py")

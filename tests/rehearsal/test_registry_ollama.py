@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import requests
 
-from rehearsal.registry import fixture, service
+from rehearsal.registry import fixture
+from rehearsal.registry.ollama import recipe as ollama
 
 #: Answers as llama.cpp's server does: three tokens and the figures. It takes what it is told for granted.
 RUNNER = """
@@ -47,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a server with environment variables, and returns its URL."""
     home = tmp_path / "opt"
     (home / "available").mkdir(parents=True)
-    (home / "server.py").write_bytes((service.OLLAMA / "server.py").read_bytes())
+    (home / "server.py").write_bytes((ollama.FOLDER / "server.py").read_bytes())
     (home / "runner.py").write_text(RUNNER)
     fixture.write_tiny(home / "available/tiny_latest.gguf")
     started: list[subprocess.Popen[bytes]] = []
