@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pytest
 
 import inventory
 from rehearsal import host, paths
+from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed, deployed_lab
 
 from . import table
@@ -85,6 +87,39 @@ def nvidia(**keys: object) -> Words:
     return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
 
 
+def access(**keys: object) -> Words:
+    """Words of a deploy in which `access` of the guest is otherwise."""
+    return ("--data", f"access={json.dumps(keys)}")
+
+
+class Load:
+    """Clients of Ollama with streamed answers; whatever they lose is a loss of the fault."""
+
+    def begin(self, deployed: Deployed) -> None:
+        self.over, self.lost, self.done = threading.Event(), list[str](), 0
+        self.clients = [threading.Thread(target=self.ask) for _ in range(4)]
+        for each in self.clients:
+            each.start()
+
+    def ask(self) -> None:
+        with ollama_client("astro") as client:
+            while not self.over.is_set():
+                try:
+                    parts = list(client.generate(model="tiny", prompt="stars", stream=True, options={"num_predict": 8}))
+                    self.done += 1
+                    if not parts[-1].done:
+                        self.lost.append(f"{len(parts)} parts without an end")
+                except Exception as error:
+                    self.lost.append(repr(error))
+
+    def end(self, deployed: Deployed) -> None:
+        self.over.set()
+        for each in self.clients:
+            each.join()
+        assert self.lost == [] and self.done > 0, (self.lost[:3], self.done)
+
+
+load = Load()
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
 REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
 #: Both versions are in the repository; the pin allows them, and the guest has the newer one.
@@ -259,6 +294,22 @@ FAULTS = [
         both(sh(REMOVE_TOOLKIT), sh(FULL)),
         says="space",
         mend=sh("umount /var/cache/apt/archives"),
+    ),
+    Fault("nginx stopped by hand", S, sh("systemctl stop nginx"), checks=("containers.access.nginx",)),
+    Fault(
+        "the proxy's key replaced by another",
+        S,
+        sh("openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out /etc/nginx/gpulab/server.key"),
+        checks=("containers.access.nginx",),
+    ),
+    Fault("the proxy reloaded under load", S, load.begin, words=lambda: access(burst=90), mend=load.end),
+    Fault(
+        "a file of somebody else's that nginx refuses",
+        R,
+        sh("echo 'nonsense on;' > /etc/nginx/conf.d/site.conf"),
+        says="nginx refuses the new files; the ones before stay, and nginx runs with them",
+        words=lambda: access(burst=80),
+        mend=sh("rm -f /etc/nginx/conf.d/site.conf"),
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
 ]
