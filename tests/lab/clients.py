@@ -61,8 +61,9 @@ def openai_client(value: str) -> Iterator[openai.OpenAI]:
 
 def curl(path: str, value: str | None = None, *words: str) -> tuple[int, str]:
     """HTTP status and body. The token goes over stdin: other users of a machine see each other's command lines."""
-    settings = f'header = "Authorization: Bearer {value}"\n' if value else ""
+    settings = f'url = "{url_of()}{path}"\n'
+    settings += f'header = "Authorization: Bearer {value}"\n' if value else ""
     command = ["curl", "--silent", "--config", "-", "--cacert", ca(), "--write-out", "\n%{http_code}", *words]
-    done = subprocess.run([*command, url_of() + path], input=settings, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=60)
     body, _, status = done.stdout.rpartition("\n")
     return int(status), body
