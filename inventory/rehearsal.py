@@ -71,6 +71,7 @@ guests = [
             # The simulated card runs no code, so MPS' server ends as soon as it starts.
             "expected_not_run": ["nvidia.mps.server"],
             "registry_ca": _lab["registry_ca"],
+            "python_index": _lab["python_index"],
             "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
         },
     )

@@ -75,7 +75,7 @@ class Lab:
     @property
     def services(self) -> list[str]:
         """What serves its hosts beside the API: Debian 12 has no Docker of its own that knows a GPU."""
-        return ["nvidia", "registry", *(["docker"] if "debian12" in self.distributions else [])]
+        return ["nvidia", "registry", "python_index", *(["docker"] if "debian12" in self.distributions else [])]
 
 
 @dataclass(frozen=True)

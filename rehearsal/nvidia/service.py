@@ -92,6 +92,16 @@ def serve(process: str, port: int, folder: Path) -> None:
     if not processes.running(process):
         argv = [sys.executable, "-m", "rehearsal.nvidia", "--address", gateway, "--port", str(port), str(folder)]
         processes.start(process, argv)
+    wait_listening(process, port)
+
+
+def wait_listening(process: str, port: int) -> None:
+    """Until a process of the lab listens on the bridge.
+
+    Raises:
+        GpulabError: it does not within seconds.
+    """
+    gateway = network.current().gateway
     deadline = time.monotonic() + START_S
     while not _listens(gateway, port):
         if time.monotonic() > deadline or not processes.running(process):

@@ -20,11 +20,12 @@ from rehearsal.registry import oci, server
 from rehearsal.registry.milvus.recipe import BEFORE as MILVUS_BEFORE
 from rehearsal.registry.milvus.recipe import RECIPE as MILVUS
 from rehearsal.registry.ollama.recipe import RECIPE as OLLAMA
+from rehearsal.registry.pytorch.recipe import RECIPE as PYTORCH
 from rehearsal.registry.recipe import Recipe, Workshop
 
 PORT = 5000
 PROCESS = "registry"
-RECIPES = (OLLAMA, MILVUS, MILVUS_BEFORE)
+RECIPES = (OLLAMA, MILVUS, MILVUS_BEFORE, PYTORCH)
 
 
 def cache() -> Path:

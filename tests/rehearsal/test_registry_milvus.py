@@ -23,6 +23,8 @@ from rehearsal.registry.milvus import entry, recipe
 NETWORK = f"gpulab-milvus-{os.getpid()}"
 START_S = 60
 
+Serve = Callable[[str], contextlib.AbstractContextManager[Path]]
+
 TEMPLATE = """\
 etcd:
   endpoints: localhost:{{ etcd_port(int): 2379 }}
@@ -79,14 +81,13 @@ def test_pool_is_found_as_milvus_finds_it(
     assert entry.pool_mib(entry.settings(tmp_path)) == expected
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked server's folder; the wheel stays in the cache."""
+def unpacked(pin: str, root: Path) -> Path:
+    """A server's folder; the wheel stays in the cache."""
     wheels = paths.cache() / "registry/wheels"
-    if not list(wheels.glob("milvus-2.3.5-*.whl")):
-        common.download([recipe.NOW], recipe.PYTHON, wheels, "--no-deps")
-    root = tmp_path_factory.mktemp("root")
-    for name, content in recipe.server_files(next(wheels.glob("milvus-2.3.5-*.whl"))).items():
+    pattern = f"{pin.replace('==', '-')}-*.whl"
+    if not list(wheels.glob(pattern)):
+        common.download([pin], recipe.PYTHON, wheels, "--no-deps")
+    for name, content in recipe.server_files(next(wheels.glob(pattern))).items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -106,12 +107,10 @@ def loopback() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def serve(program: Path, loopback: list[str], tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Path]]:
-    """A server over the same data at each call; gives its log."""
+def serve(loopback: list[str], tmp_path: Path) -> Serve:
+    """A server of this version over the same data at each call; gives its log."""
     configs = tmp_path / "configs"
     configs.mkdir()
-    for path in (program / "configs").iterdir():
-        (configs / path.name).write_bytes(path.read_bytes())
     data = tmp_path / "data"
     settings = {
         "etcd": {"use": {"embed": True}, "data": {"dir": str(data / "etcd")}},
@@ -122,11 +121,14 @@ def serve(program: Path, loopback: list[str], tmp_path: Path) -> Callable[[], co
         "log": {"level": "warn"},
     }
     (configs / "user.yaml").write_text(yaml.safe_dump(settings))
-    environment = {"PATH": f"{program}/bin:{os.environ['PATH']}", "MILVUSCONF": str(configs), "HOME": str(tmp_path)}
     words = [*loopback, sys.executable, entry.__file__, "--", "milvus", "run", "standalone"]
 
     @contextlib.contextmanager
-    def run() -> Iterator[Path]:
+    def run(pin: str) -> Iterator[Path]:
+        program = unpacked(pin, tmp_path / pin)
+        for path in (program / "configs").iterdir():
+            (configs / path.name).write_bytes(path.read_bytes())
+        environment = {"PATH": f"{program}/bin:{os.environ['PATH']}", "MILVUSCONF": str(configs), "HOME": str(tmp_path)}
         log = tmp_path / "milvus.log"
         with open(log, "wb") as sink:
             process = subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=sink, stderr=sink)
@@ -174,20 +176,19 @@ print([hit["id"] for hit in client.search("sky", data=[[7.2, 0.0]], limit=2, con
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a network namespace")
-def test_server_answers_a_search_and_answers_it_again_after_a_restart(
-    serve: Callable[[], contextlib.AbstractContextManager[Path]], loopback: list[str]
-) -> None:
+@pytest.mark.parametrize("first", [recipe.NOW, recipe.EARLIER])
+def test_server_answers_a_search_and_so_does_the_one_after_it(serve: Serve, loopback: list[str], first: str) -> None:
     def client(what: str) -> list[str]:
         words = [*loopback, sys.executable, "-c", CLIENT, what]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    with serve() as log:
+    with serve(first) as log:
         refused, denied, found = client("fill")
         assert "invalid index type: GPU_CAGRA" in refused
         assert denied.startswith("Fail connecting")
         assert found == "[7, 8]"
         assert "milvus: simulated: " in log.read_text()
-    with serve():
+    with serve(recipe.NOW):
         assert client("search") == ["[7, 8]"]
