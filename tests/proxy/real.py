@@ -15,6 +15,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -163,9 +164,12 @@ class Guest:
 
 
 @contextmanager
-def guest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
-    """An nginx that is installed and not started, with Debian's own default site."""
-    source = unpacked()
+def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
+    """An nginx that is installed and not started, with Debian's own default site.
+
+    Its folder has a short name: that of a socket may have 107 bytes.
+    """
+    source, folder = unpacked(), Path(tempfile.mkdtemp(prefix="gpulab-"))
     made = Guest(folder, Authority(folder / "ca"))
     shutil.copytree(source / "etc/nginx", folder / "etc/nginx", symlinks=True)
     for name in (
@@ -203,6 +207,7 @@ exec {source}/usr/sbin/nginx -e {folder}/var/log/nginx/error.log -c {main} "$@"
         yield made
     finally:
         made.stop()
+        shutil.rmtree(folder)
 
 
 def script(path: Path, text: str) -> None:

@@ -70,14 +70,14 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     port, milvus = free_port(), Milvus()
     server = grpc.server(ThreadPoolExecutor(8))
     milvus_pb2_grpc.add_MilvusServiceServicer_to_server(milvus, server)
     server.add_generic_rpc_handlers([Streams()])
     assert server.add_insecure_port(f"127.0.0.1:{port}") == port
     server.start()
-    with guest(tmp_path, monkeypatch) as made:
+    with guest(monkeypatch) as made:
         found = Site(made, port, milvus)
         found.apply()
         yield found
@@ -154,8 +154,8 @@ def test_addresses_that_may_not_connect_are_told_so(site: Site) -> None:
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_milvus_that_is_down_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with guest(tmp_path, monkeypatch) as made:
+def test_milvus_that_is_down_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with guest(monkeypatch) as made:
         found = Site(made, free_port(), Milvus())
         found.apply()
         with channel(found) as opened, pytest.raises(grpc.RpcError, match="milvus does not answer") as refused:
@@ -163,9 +163,9 @@ def test_milvus_that_is_down_is_unavailable(tmp_path: Path, monkeypatch: pytest.
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-def test_rest_on_the_same_port_passes_with_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_on_the_same_port_passes_with_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
-    with guest(tmp_path, monkeypatch) as made, backend(port) as behind:
+    with guest(monkeypatch) as made, backend(port) as behind:
         Site(made, port, Milvus()).apply()
         login = f"astro:{PASSWORD}"
         status, _, _ = made.ask(port, "/v2/vectordb/collections/list", login, "POST", b"{}")

@@ -41,9 +41,9 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     port = free_port()
-    with guest(tmp_path, monkeypatch) as made, backend(port) as behind:
+    with guest(monkeypatch) as made, backend(port) as behind:
         found = Site(made, port, behind)
         made.apply(found.proxy())
         yield found
