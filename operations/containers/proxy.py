@@ -352,6 +352,7 @@ def applied(actions: Actions, wanted: Proxy, version: str) -> StringCommand:
         "folder": FOLDER,
         "socket": SOCKET,
         "scratch": "/run",
+        "pid_file": "/run/nginx.pid",
         "log": LOG if wanted.services else "",
         "generation": generation_of(wanted_files(wanted, version)),
         "no_default": actions.no_default,

@@ -107,6 +107,7 @@ class Guest:
             "folder": self.inside(f"{FOLDER}/").rstrip("/"),
             "socket": self.inside(SOCKET),
             "scratch": str(self.root),
+            "pid_file": str(self.root / "run/nginx.pid"),
             "log": self.inside(LOG),
             "generation": generation_of(wanted),
             "no_default": True,

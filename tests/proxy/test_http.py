@@ -239,6 +239,10 @@ def test_the_running_configuration_tells_its_generation(site: Site) -> None:
     site.guest.apply(site.proxy(astro=["another-token-0123456789"]))
 
     assert first and proxy_state.running(socket_path) not in (None, first)
+    pid_file = str(site.guest.root / "run/nginx.pid")
+    before = program.accepting(pid_file)
+    site.guest.apply(site.proxy())
+    assert before and not before & program.accepting(pid_file)
     site.guest.stop()
     assert proxy_state.running(socket_path) is None
 
@@ -255,7 +259,7 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
     """Clients that keep their connections, with streamed answers, through five reloads.
 
     As HTTP libraries do, they look whether a kept connection was closed before they use it again. Between that look
-    and the request nginx may still close it: the one thing that a reload can cost, and a chance of microseconds.
+    and the request nginx may still close it: the one thing that a reload can cost, and a matter of microseconds.
     """
     end = time.monotonic() + 6
     lost: list[str] = []
@@ -267,6 +271,7 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
         while time.monotonic() < end:
             if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
                 connection.close()
+            kept = connection.sock is not None
             try:
                 connection.request("POST", "/api/chat", b"{}", {"Authorization": f"Bearer {ASTRO}"})
                 answer = connection.getresponse()
@@ -274,11 +279,11 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
                 if answer.status != 200 or len(lines) != Backend.PARTS:
                     lost.append(f"{answer.status}: {lines}")
                 done[number] += 1
-            except (http.client.RemoteDisconnected, ConnectionResetError) as error:
-                raced.append(repr(error))
-                connection.close()
             except (OSError, http.client.HTTPException) as error:
-                lost.append(repr(error))
+                before_any_answer = isinstance(
+                    error, http.client.RemoteDisconnected | ssl.SSLEOFError | ConnectionError
+                )
+                (raced if kept and before_any_answer else lost).append(repr(error))
                 connection.close()
         connection.close()
 
@@ -293,5 +298,5 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
         each.join()
 
     assert lost == []
-    assert len(raced) <= 1, raced
+    assert len(raced) <= 5, raced
     assert min(done) >= 5, done

@@ -61,13 +61,14 @@ def apply(order: dict[str, Any], files: Files) -> None:
         systemctl("disable", "--now", UNIT)
         return
     active = run("systemctl", "is-active", UNIT)[1].strip() == "active"
+    old = accepting(order["pid_file"])
     try:
         if order["generation"]:
             systemctl("unmask", "--runtime", UNIT)
             systemctl("enable", UNIT)
         systemctl("restart" if order["restart"] or not active else "reload", UNIT)
         if order["generation"]:
-            taken(order)
+            taken(order, old)
     except Failed as error:
         write(before, order["folder"])
         if order["unit_changed"]:
@@ -151,11 +152,35 @@ def put(path: str, file: dict[str, Any] | None) -> None:
     os.rename(new, path)
 
 
-def taken(order: dict[str, Any]) -> None:
-    """Wait until nginx answers with the new configuration: a reload itself says nothing of how it went."""
+def accepting(pid_file: str) -> set[str]:
+    """The processes of nginx' workers that let new connections in."""
+    try:
+        with open(pid_file) as file:
+            master = file.read().strip()
+        with open(f"/proc/{master}/task/{master}/children") as file:
+            children = file.read().split()
+    except OSError:
+        return set()
+    found = set()
+    for child in children:
+        try:
+            with open(f"/proc/{child}/cmdline", "rb") as file:
+                title = file.read().rstrip(b"\0 ")
+        except OSError:
+            continue
+        if title == b"nginx: worker process":
+            found.add(child)
+    return found
+
+
+def taken(order: dict[str, Any], old: set[str]) -> None:
+    """Wait until nginx answers with the new configuration, and by no worker of the `old` one.
+
+    A reload itself says nothing of how it went, and for a moment workers of both let connections in.
+    """
     deadline = time.monotonic() + order.get("taken_s", TAKEN_S)
     found = running(order["socket"])
-    while found != order["generation"]:
+    while found != order["generation"] or old & accepting(order["pid_file"]):
         if time.monotonic() > deadline:
             log = run("tail", "-n", "3", "/var/log/nginx/error.log")[1].strip()
             raise Failed(f"nginx does not run with the new files (it runs with {found or 'none of ours'}):\n{log}")
