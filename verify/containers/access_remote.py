@@ -87,14 +87,14 @@ def owners(root: Path, inodes: set[str]) -> dict[str, str]:
     """Which program has each of these sockets."""
     found = {}
     for folder in (root / "proc").glob("[0-9]*"):
-        try:
-            links = [os.readlink(link) for link in (folder / "fd").iterdir()]
-            name = (folder / "comm").read_text().strip()
-        except OSError:
-            continue
-        for link in links:
-            if link.startswith("socket:[") and link[8:-1] in inodes:
-                found[link[8:-1]] = name
+        for link in sorted(folder.glob("fd/*")):
+            try:
+                # A descriptor may be closed by now.
+                target = os.readlink(link)
+                if target.startswith("socket:[") and target[8:-1] in inodes:
+                    found[target[8:-1]] = (folder / "comm").read_text().strip()
+            except OSError:
+                continue
     return found
 
 
