@@ -31,6 +31,7 @@ from operations.facts import python
 from operations.files import File, render
 from operations.plan import file_diff
 from operations.remote import program
+from operations.told import Told
 
 #: logrotate turns nginx' logs over; the package of nginx only brings its settings.
 PACKAGES = ("nginx", "logrotate")
@@ -361,7 +362,18 @@ def applied(actions: Actions, wanted: Proxy, version: str) -> StringCommand:
         "restart": bool(actions.restart),
         "stop": actions.stop,
     }
-    return python(_APPLY, order, _stdin=json.dumps(payload))
+    command = python(_APPLY, order)
+    return Told(*command.bits, explain=_refused, _stdin=json.dumps(payload))
+
+
+def _refused(output: str) -> GpulabError:
+    """What the program on the guest said, its first line foremost."""
+    brief, _, details = output.strip().partition("\n")
+    return GpulabError(
+        brief or "nginx could not be given its files",
+        details,
+        "`nginx -t` and `journalctl -u nginx` in the guest; the next deploy tries again",
+    )
 
 
 def _as_it_is(wanted: Proxy) -> str:

@@ -33,7 +33,8 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
 def refused() -> str:
     """Why nginx would not start with the files as they are; empty: it would."""
     done = run(["nginx", "-t", "-q"])
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["nginx -t failed"])[-1]
+    # The last line only says that it failed.
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["nginx -t failed"])[0]
 
 
 def described(path: Path) -> dict[str, Any]:
