@@ -7,7 +7,7 @@
 Every host crosses this file. The one step that all of them share keeps the guests behind their nodes.
 """
 
-from inventory import sharing
+from inventory import budgets, sharing
 from inventory.packages import TOOLKIT
 from operations import containers, hypervisor, nvidia, run, system
 from operations.files import File, files, render
@@ -162,19 +162,70 @@ with run.of_host() as part:
                 "mps": guest.nvidia.mps.model_dump() if guest.nvidia.sharing == "mps" else None,
             },
         )
+        # Services do not depend on one another: what one of them lacks leaves the others alone, and fails the guest at
+        # the end.
         if ollama := guest.services.ollama:
             containers.ollama(
                 name="Run Ollama",
-                image=ollama.image,
-                port=ollama.port,
-                memory_budget_mib=ollama.memory_budget_mib,
+                declared=ollama.model_dump(),
                 card_memory_mib=card.memory_mib,
                 data=guest.data_disk.mount,
-                models=[model.name for model in ollama.models],
-                environment=ollama.environment,
-                client=sharing.client(guest),
+                client=sharing.client(guest, budget_mib=ollama.memory_budget_mib, processes=ollama.max_loaded_models),
+                engine=guest.engine.kind,
+                _ignore_errors=True,
             )
-
+        if pytorch := guest.services.pytorch:
+            containers.pytorch(
+                name="Let tenants run PyTorch jobs",
+                image=pytorch.image,
+                data=guest.data_disk.mount,
+                uid=guest.nvidia.service_uid,
+                tenants={
+                    tenant.name: budgets.torch_shares(tenant.memory_limit_mib, card.memory_mib)
+                    for tenant in guest.tenants
+                    if tenant.may_use("pytorch")
+                },
+                client=sharing.client(guest),
+                lock=pytorch.lock,
+                index=guest.pip_index,
+                time_limit_h=pytorch.time_limit_h,
+                host_memory_mib=pytorch.host_memory_mib,
+                shm_mib=pytorch.shm_mib,
+                network=pytorch.network,
+                profiles=pytorch.profiles,
+                simulated=guest.simulated or "",
+                _ignore_errors=True,
+            )
+    if guest and (service := guest.services.milvus):
+        containers.milvus.milvus(
+            name="Run Milvus",
+            declared=service.model_dump(),
+            tenants=[tenant.name for tenant in guest.tenants if tenant.may_use("milvus")],
+            data=guest.data_disk.mount,
+            passwords=containers.milvus.passwords_of(part.lab, guest),
+            client=sharing.client(guest, budget_mib=service.memory_budget_mib) if guest.gpu else sharing.Client(),
+            gpu=guest.gpu is not None,
+            engine=guest.engine.kind,
+            index=guest.pip_index,
+            prune=guest.prune,
+            _ignore_errors=True,
+        )
     if guest:
+        containers.undeclared(
+            name="Look for containers that are not declared",
+            names=list(guest.services.declared()),
+            engine=guest.engine.kind,
+            prune=guest.prune,
+        )
+        # Behind all that starts or replaces a service.
+        containers.healing(
+            name="Look after the services",
+            policy=guest.healing.model_dump() if guest.healing else None,
+            engine=guest.engine.kind,
+            data=guest.data_disk.mount,
+            gpu=guest.gpu is not None,
+            services=containers.watched(guest.services, guest.gpu is not None),
+        )
         # Behind the services: nobody is let in to what is not there yet.
         containers.proxy(name="Let the tenants reach the services", wanted=containers.proxy_of(part.lab, guest))
+        run.services_settled(name="Check that every service took its declaration")

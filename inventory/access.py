@@ -80,6 +80,8 @@ class Healing(Model):
     #: After so many restarts of a service within `window_s` seconds no more are tried, and the alarm is raised.
     failures: int = Field(default=3, ge=1)
     window_s: int = Field(default=3600, ge=60)
+    #: Seconds that a service has to get ready after its start, before it is looked at.
+    grace_s: int = Field(default=120, ge=5)
 
 
 class PythonIndex(Model):

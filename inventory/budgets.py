@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: source gives it for the A4000.
 CONTEXT_MIB = 512
 
+#: Processes of one job at most: more of them on one card do not compute faster.
+MOST_WORKERS = 8
+
 MIB = 1 << 20
 
 
@@ -83,3 +86,20 @@ def torch_memory_fraction(budget_mib: int, card_mib: int, workers: int = 1) -> f
 def pinned_limit(budget_mib: int, processes: int = 1) -> str:
     """CUDA_MPS_PINNED_DEVICE_MEM_LIMIT of each of so many processes: MPS limits a process, not a group."""
     return f"0={budget_mib // processes}M"
+
+
+def torch_shares(budget_mib: int | None, card_mib: int) -> list[dict[str, float | str]] | None:
+    """What each process of a job gets, for one process, two, …, as long as there is something left to compute with.
+
+    `fraction` is torch's, `pinned` MPS'. None: a tenant without a budget, which runs no jobs.
+    """
+    if budget_mib is None:
+        return None
+    most = max(1, budget_mib // (2 * CONTEXT_MIB))
+    return [
+        {
+            "fraction": round(torch_memory_fraction(budget_mib, card_mib, workers), 6),
+            "pinned": pinned_limit(budget_mib, workers),
+        }
+        for workers in range(1, min(most, MOST_WORKERS) + 1)
+    ]

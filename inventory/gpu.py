@@ -144,6 +144,13 @@ class Nvidia(Model):
         return self
 
     @model_validator(mode="after")
+    def settings_that_last(self) -> Nvidia:
+        if not self.persistence and (lost := self.forgotten()):
+            what = f"none of what the driver forgets when the card's last client leaves: {', '.join(lost)}"
+            raise ValueError(f"`persistence`, or {what}")
+        return self
+
+    @model_validator(mode="after")
     def toolkits_that_the_driver_runs(self) -> Nvidia:
         if len(self.cuda) != len(set(self.cuda)):
             raise ValueError("each toolkit of `cuda` once")
@@ -151,6 +158,18 @@ class Nvidia(Model):
             if reason := too_new(toolkit, self.branch, self.cuda_minor_compatibility):
                 raise ValueError(reason)
         return self
+
+    def forgotten(self) -> list[str]:
+        """What is declared, by default too, that the driver keeps only as long as it has a client."""
+        kept = {
+            "accounting": self.accounting,
+            "power_limit_w": self.power_limit_w is not None,
+            "clocks": self.clocks is not None,
+            'thermal.action = "lower-power"': self.thermal is not None and self.thermal.action == "lower-power",
+            # The compute mode is lost, and with MPS the server that keeps its limits.
+            f'sharing = "{self.sharing}"': self.sharing != "time-slice",
+        }
+        return [key for key, declared in kept.items() if declared]
 
     def packages_of_cuda(self) -> list[str]:
         """`cuda-toolkit-12-9` and so on, never `cuda`, which would bring a driver."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from inventory import InventoryError
 
 _cache = Path(os.environ.get("GPULAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gpulab")
+_rehearsal = Path(__file__).parent.parent / "rehearsal"
 _state = _cache.expanduser() / "lab"
 try:
     _lab = json.loads((_state / "lab.json").read_text())
@@ -22,6 +23,9 @@ _everywhere = {
     "ssh_key": str(_state / "ssh/id_ed25519"),
     "simulated": "rehearsal lab: PCI tree, IOMMU, NVIDIA driver and GPU, VM hardware and Ollama are stand-ins",
 }
+
+#: The stand-in's only model: the same bytes each time that it is built, so the same digest.
+_tiny = {"name": "tiny", "digest": "83fa9a90c7811f059549bbfa4be08cd6f712cd8fe6812c472b01125b84829fb3"}
 
 nodes = [
     (
@@ -65,14 +69,38 @@ guests = [
             },
             "tenants": [
                 {"name": "astro", "active_thread_percentage": 60, "memory_limit_mib": 4096},
-                {"name": "ml", "active_thread_percentage": 40, "priority": "below-normal"},
+                {
+                    "name": "ml",
+                    "active_thread_percentage": 40,
+                    "memory_limit_mib": 2048,
+                    "priority": "below-normal",
+                },
             ],
             "engine": _lab.get("engine", {}),
-            # The simulated card runs no code, so MPS' server ends as soon as it starts.
-            "expected_not_run": ["nvidia.mps.server"],
+            "healing": {"interval_s": 5, "grace_s": 5},
+            # The simulated card runs no code, so MPS' server ends as soon as it starts; PyTorch is built for the CPU.
+            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
-            "services": {"ollama": {"image": _lab["images"]["ollama"], "models": ["tiny"]}},
+            "services": {
+                "ollama": {
+                    "image": _lab["images"]["ollama"],
+                    "models": [_tiny],
+                    "max_queue": 16,
+                    "memory_budget_mib": 6144,
+                },
+                # The lab's server is built for the CPU, so its collection has an index of the CPU.
+                "milvus": {
+                    "image": _lab["images"]["milvus"],
+                    "memory_budget_mib": 3072,
+                    "indexes": {
+                        "spectra": {"type": "HNSW", "metric": "L2"},
+                        "spectra-gpu": {"type": "GPU_CAGRA", "metric": "L2", "adapt_for_cpu": True, "ef": 128},
+                    },
+                    "collections": [{"name": "spectra", "tenant": "astro", "dimension": 128, "index": "spectra"}],
+                },
+                "pytorch": {"image": _lab["images"]["pytorch"], "lock": str(_rehearsal / "pytorch.lock")},
+            },
         },
     )
     for number, (node, distribution) in enumerate(zip(_lab["nodes"], _lab["guests"], strict=True), start=1)

@@ -510,6 +510,8 @@ class Guest(SshHost):
     #: Registries with a CA of their own: `host:port` to a PEM file on the control machine.
     registry_ca: dict[str, str] = {}
     services: Services = Services()
+    #: Remove containers of ours that are no longer declared, never their data. False: the plan names them.
+    prune: bool = False
     #: The proxy in front of the services, for the tenants. None: they answer on the guest's loopback address alone.
     access: Access | None = Access()
     #: None: nobody restarts a service that has lost the GPU.
@@ -583,8 +585,6 @@ class Guest(SshHost):
         if self.engine.kind == "podman" and self.packages.podman is None:
             fit = ", ".join(sorted(name for name, each in DISTRIBUTIONS.items() if each.podman is not None))
             raise ValueError(f"`engine.kind` docker on {self.distribution}: its Podman is too old (newer: {fit})")
-        if self.engine.kind == "podman" and self.services.declared():
-            raise ValueError("no `services` beside `engine.kind` podman: they are containers of Docker so far")
         return self
 
     @property
@@ -607,6 +607,11 @@ class Guest(SshHost):
     @property
     def packages(self) -> Distribution:
         return DISTRIBUTIONS[self.distribution].of_branch(self.nvidia.branch)
+
+    @property
+    def pip_index(self) -> tuple[str, str]:
+        """URL of pip's index and the PEM file of its CA; empty: pip's own."""
+        return (self.python_index.url, self.python_index.ca or "") if self.python_index else ("", "")
 
     def registry_certificates(self) -> dict[str, str]:
         """`registry_ca` with the PEM texts in place of the files.

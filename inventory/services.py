@@ -7,7 +7,7 @@ docs/ollama.md, docs/milvus.md and docs/pytorch.md say what each key does; inven
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
@@ -34,8 +34,27 @@ def filled_in(value: str) -> str:
 Image = Annotated[Digest, AfterValidator(filled_in)]
 
 
+#: Variables of `environment` that come from elsewhere in the inventory, and the keys to use in their place; None: what
+#: gpulab says is not to be changed.
+Keys = Mapping[str, str | None]
+
+#: Those that make a process a client of the GPU: inventory/sharing.py.
+OF_THE_GPU: Keys = {
+    "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "nvidia.mps.active_thread_percentage",
+    "CUDA_MPS_CLIENT_PRIORITY": None,
+    "CUDA_MPS_LOG_DIRECTORY": "nvidia.sharing",
+    "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "memory_budget_mib",
+    "CUDA_MPS_PIPE_DIRECTORY": "nvidia.sharing",
+    "CUDA_VISIBLE_DEVICES": "gpu",
+    "NVIDIA_VISIBLE_DEVICES": "gpu",
+}
+
+
 class Service(Model):
     """One container of ours: recreated exactly when its declaration changes."""
+
+    #: Variables that `environment` may not hold, beside OF_THE_GPU's.
+    taken: ClassVar[Keys] = {}
 
     #: Name and digest, `ollama/ollama@sha256:…`: a tag can change behind one's back.
     image: Image
@@ -47,6 +66,16 @@ class Service(Model):
     host_memory_mib: int | None = Field(default=None, ge=64)
     #: Further settings of the service. What gpulab sets itself can't be set here.
     environment: Environment = {}
+
+    @model_validator(mode="after")
+    def environment_is_free(self) -> Self:
+        taken = {**OF_THE_GPU, **self.taken}
+        for name in self.environment:
+            if name in taken:
+                key = taken[name]
+                instead = f"`{key}` in place of {name}" if key else f"no {name}, which gpulab sets"
+                raise ValueError(f"{instead} in `environment`")
+        return self
 
     def ports(self) -> list[int]:
         """Those it has on the guest, `port` first."""
@@ -85,6 +114,22 @@ def _named(value: object) -> object:
 
 class Ollama(Service):
     """Ollama: its models lie on the data disk."""
+
+    taken: ClassVar[Keys] = {
+        "HOME": "data_disk.mount",
+        "OLLAMA_CONTEXT_LENGTH": "context_length",
+        "OLLAMA_FLASH_ATTENTION": "flash_attention",
+        "OLLAMA_GPU_OVERHEAD": "memory_budget_mib",
+        "OLLAMA_HOST": "port",
+        "OLLAMA_KEEP_ALIVE": "keep_alive",
+        "OLLAMA_KV_CACHE_TYPE": "kv_cache_type",
+        "OLLAMA_LOAD_TIMEOUT": "load_timeout",
+        "OLLAMA_MAX_LOADED_MODELS": "max_loaded_models",
+        "OLLAMA_MAX_QUEUE": "max_queue",
+        "OLLAMA_MODELS": "data_disk.mount",
+        "OLLAMA_NO_CLOUD": None,
+        "OLLAMA_NUM_PARALLEL": "parallel",
+    }
 
     port: Port = 11434
     memory_budget_mib: int = Field(default=8192, ge=256)

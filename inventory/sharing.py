@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from inventory import budgets
 from inventory.gpu import Tenant
 
 if TYPE_CHECKING:
@@ -40,15 +41,19 @@ class Client:
     ipc: str = ""
 
 
-def client(guest: Guest, tenant: Tenant | None = None) -> Client:
-    """What a process of `tenant` (None: of no tenant, with MPS' own limits) needs on this guest."""
+def client(guest: Guest, tenant: Tenant | None = None, budget_mib: int | None = None, processes: int = 1) -> Client:
+    """What a process of `tenant` needs on this guest; None: one of no tenant, with MPS' own limits.
+
+    `budget_mib`: device memory of a service that has a budget of its own, shared by so many `processes`.
+    """
     if guest.nvidia.sharing != "mps":
         return Client()
     environment = {"CUDA_MPS_PIPE_DIRECTORY": PIPE_DIRECTORY, "CUDA_MPS_LOG_DIRECTORY": LOG_DIRECTORY}
     if tenant is not None:
         environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(tenant.active_thread_percentage)
         environment["CUDA_MPS_CLIENT_PRIORITY"] = _PRIORITY[tenant.priority]
-        if tenant.memory_limit_mib is not None:
-            environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={tenant.memory_limit_mib}M"
+        budget_mib = tenant.memory_limit_mib if budget_mib is None else budget_mib
+    if budget_mib is not None:
+        environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = budgets.pinned_limit(budget_mib, processes)
     uid = guest.nvidia.service_uid
     return Client(environment, {PIPE_DIRECTORY: PIPE_DIRECTORY}, f"{uid}:{uid}", "host")

@@ -21,6 +21,7 @@ class Kind(Enum):
     REBOOT = "reboot"
     REFUSED = "refused"
     WAITS = "waits"
+    NOTE = "note"
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Plan:
             if entry.kind is Kind.REBOOT:
                 reboot = f"yes ({', '.join(entry.lines)})" + mark
                 continue
-            word = {Kind.REFUSED: "refused: ", Kind.WAITS: "waits: "}.get(entry.kind, "")
+            word = {Kind.CHANGE: "", Kind.REBOOT: ""}.get(entry.kind, f"{entry.kind.value}: ")
             lines.append(f"  {word}{entry.subject}{mark}")
             lines += [f"      {line}" for line in entry.lines]
-        if len(lines) == 1:
-            lines.append("  nothing to change")
+        if all(entry.kind in (Kind.NOTE, Kind.REBOOT) for entry in self.of(host)):
+            lines.insert(1, "  nothing to change")
         return "\n".join([*lines, f"  reboot: {reboot}"])
 
 

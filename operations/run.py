@@ -111,6 +111,22 @@ def nodes_ready() -> step.Commands:
     yield from ()
 
 
+@step.step
+def services_settled() -> step.Commands:
+    """
+    The end of the services: a guest fails here when one of them did not come to be as declared.
+
+    Each of them runs with `_ignore_errors`, so that those behind it still get theirs.
+    """
+    state: State = context.ctx_state.get()
+    host: Host = context.ctx_host.get()
+    reason = record.of_run(state).failures.get(host.name)
+    if reason is not None:
+        raise GpulabError(f"{host.name}: not every service is as declared", reason)
+    step.noop("every service took its declaration")
+    yield from ()
+
+
 def require_node(state: State, guest: Guest) -> None:
     """
     Raises:

@@ -119,6 +119,11 @@ def waits(subject: str, lines: tuple[str, ...] = ()) -> None:
     _record(plan.Entry(host.name, subject, lines, plan.Kind.WAITS, assumed()))
 
 
+def notes(subject: str, lines: tuple[str, ...] = ()) -> None:
+    """Record what this host's admin should know and no run will change."""
+    _record(plan.Entry(host.name, subject, lines, plan.Kind.NOTE, assumed()))
+
+
 def assumed() -> bool:
     """Is this host planned from nothing, because it does not exist yet?"""
     return bool(getattr(host.connector, "assumed", False))

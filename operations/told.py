@@ -24,7 +24,7 @@ class Told(StringCommand):
         self.explain = explain
 
     def execute(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
-        done, output = super().execute(state, host, connector_arguments)
+        done, output = self.run(state, host, connector_arguments)
         if done:
             return done, output
         try:
@@ -33,3 +33,19 @@ class Told(StringCommand):
             error = other
         # Returned without the output, which pyinfra would print behind the message.
         return step.refuse(state, host, error), CommandOutput([])
+
+    def run(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
+        """Run it; whether it succeeded, and its output."""
+        result: tuple[bool, CommandOutput] = super().execute(state, host, connector_arguments)
+        return result
+
+
+class Live(Told):
+    """The same for a command that takes its time: each of its lines is printed as it comes."""
+
+    def run(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
+        connector_arguments.update(self.connector_arguments)
+        result: tuple[bool, CommandOutput] = host.run_shell_command(
+            self, print_output=True, print_input=state.print_input, **connector_arguments
+        )
+        return result

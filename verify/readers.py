@@ -13,6 +13,7 @@ from typing import Any
 
 from inventory import Guest, Lab, Node, sharing
 from inventory.packages import TOOLKIT
+from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
 from verify.containers import access
 from verify.hosts import Connection, Unreachable, Unreadable
@@ -26,6 +27,7 @@ SUBJECTS = (
     "system",
     "nvidia",
     "containers",
+    "pytorch",
     "ollama_load",
     "ports",
     "access",
@@ -38,13 +40,15 @@ SUBJECTS = (
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What a service is asked on its port, beside what its own checks ask.
-ASKS = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
+ASKS: dict[str, dict[str, Any]] = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
 #: Seconds until a port that does not answer counts as closed.
 PORT_S = 2.0
 #: Seconds for a container to be started, disturbed and removed.
 DISTURB_S = 300.0
 #: Seconds for a model to come from the disk into the GPU's memory.
 LOAD_S = 300.0
+#: Seconds for a job of PyTorch that only says what it sees.
+JOB_S = 150.0
 
 
 class Readers:
@@ -61,6 +65,7 @@ class Readers:
             "system": self._system,
             "nvidia": self._nvidia,
             "containers": self._containers,
+            "pytorch": self._pytorch,
             "ollama_load": self._ollama_load,
             "ports": self._ports,
             "access": self._access,
@@ -155,11 +160,19 @@ class Readers:
             "engine": guest.engine.kind,
             "mount": guest.data_disk.mount,
             "services": {
-                name: {"ports": each.ports(), "asks": ASKS.get(name, {})}
+                name: {"ports": each.ports(), "asks": ASKS.get(name, {}) | shown(each)}
                 for name, each in guest.services.served().items()
             },
         }
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments)
+
+    def _pytorch(self, guest: Guest) -> dict[str, Any]:
+        service = guest.services.pytorch
+        if service is None:
+            raise Unreadable(f"{guest.name} declares no PyTorch")
+        able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
+        arguments = {"image": service.image, "tenant": able[0] if able else None}
+        return self._connection(guest).read(ROOM / "containers/pytorch_remote.py", arguments, limit_s=JOB_S)
 
     def _ollama_load(self, guest: Guest) -> dict[str, Any]:
         ollama = guest.services.ollama
@@ -200,6 +213,12 @@ def opens(address: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def shown(service: Service) -> dict[str, Any]:
+    """What to ask for the models that Ollama made of files: it says of which."""
+    models = service.models if isinstance(service, Ollama) else []
+    return {f"show {each.name}": ["/api/show", {"model": each.name}] for each in models if each.gguf is not None}
 
 
 def machine(lab: Lab, host: str) -> Node | Guest:

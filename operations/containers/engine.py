@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,8 +13,9 @@ from inventory import GpulabError
 from operations import apt, files, step
 from operations.containers import podman
 from operations.containers.facts import EngineFacts
+from operations.containers.quadlet import mount_unit
 from operations.containers.settings import DAEMON, daemon_settings, log_driver, parsed, same
-from operations.containers.spec import SERVICE
+from operations.containers.spec import AFTER, SERVICE
 from operations.facts import python
 from operations.files import File, render
 from operations.plan import file_diff
@@ -42,6 +42,7 @@ LEAST = (26, 1)
 RIVALS = {"docker-ce": "docker.io", "docker.io": "docker-ce"}
 
 _SETTINGS = program(__file__, "settings")
+_QUADLET = program(__file__, "service", "quadlet")
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,16 @@ class Actions:
     reload: bool = False
     #: Containers of ours to stop, and units to disable, for the other engine.
     stop: tuple[str, ...] = ()
+    #: Services of ours in Podman, which go for Docker's.
+    retire: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     enable: tuple[str, ...] = ()
     restart: str = ""
 
     def any(self) -> bool:
-        return bool(self.install or self.files or self.stop or self.disable or self.enable or self.restart)
-
-
-def mount_unit(path: str) -> str:
-    """systemd's name of the unit for a mount point (systemd-escape --path)."""
-    parts = [part for part in path.split("/") if part]
-    escaped = "-".join(
-        "".join(
-            char if re.fullmatch(r"[A-Za-z0-9:_.]", char) and not (number == place == 0 and char == ".") else _hex(char)
-            for place, char in enumerate(part)
+        return bool(
+            self.install or self.files or self.stop or self.retire or self.disable or self.enable or self.restart
         )
-        for number, part in enumerate(parts)
-    )
-    return f"{escaped or '-'}.mount"
-
-
-def _hex(char: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 def decide(
@@ -93,7 +81,7 @@ def decide(
     disk = {"data": data, "mount_unit": mount_unit(data)}
     wanted: dict[str, File | None] = {
         UNIT_FILE: File(render("containers/gpulab-containers.service.j2", program=PROGRAM, guard=GUARD, **disk)),
-        PROGRAM: File(render("containers/start-containers.sh.j2", label=SERVICE), mode=0o755),
+        PROGRAM: File(render("containers/start-containers.sh.j2", label=SERVICE, after=AFTER), mode=0o755),
         GUARD_FILE: File(render("containers/gpulab-data-disk.service.j2", program=GUARD_PROGRAM, **disk)),
         GUARD_PROGRAM: File(render("containers/stop-containers.sh.j2", label=SERVICE), mode=0o755),
         **dict.fromkeys(podman.settings()),
@@ -116,7 +104,8 @@ def decide(
     if not fresh and not restart and info is None:
         raise GpulabError("Docker runs and does not answer", found["error"], "`journalctl -u docker` in the guest")
     reload = not changing.keys().isdisjoint(UNITS.values())
-    return Actions(install, remove, changing, reload, enable=enable, restart=restart)
+    retire = tuple(sorted((found.get("podman") or {}).get("containers", {})))
+    return Actions(install, remove, changing, reload, retire=retire, enable=enable, restart=restart)
 
 
 def _restart(found: Mapping[str, Any], changing: Mapping[str, File | None], settings: str) -> str:
@@ -225,7 +214,8 @@ def engine(
     GPU. Units of ours are bound to the data disk's mount: it goes, and they are stopped; it comes back, and they start.
 
     Docker that does not start with the settings written here gets its previous ones back. With Podman, Docker and our
-    units are stopped and disabled; nothing of it is removed.
+    units are stopped and disabled; nothing of it is removed. With Docker, our services in Podman are stopped and their
+    units removed; Podman stays. Their data stay in any case.
 
     + packages: the engine's packages, the engine itself first
     + data: mount point of the data disk
@@ -259,6 +249,8 @@ def _record(found: Mapping[str, Any], actions: Actions) -> None:
     """Put what has to happen into the plan."""
     for name in actions.stop:
         step.changes(f"stop container {name}")
+    for name in actions.retire:
+        step.changes(f"stop {name} in Podman and remove its unit; its data stay")
     for unit in actions.disable:
         step.changes(f"stop and disable {unit}")
     if actions.remove:
@@ -284,6 +276,9 @@ def _apply(actions: Actions) -> step.Commands:
     """The commands. The files come before the packages: a fresh engine starts with them."""
     if actions.stop:
         yield StringCommand("docker", "stop", "--time", "30", *[QuoteString(name) for name in actions.stop])
+    if actions.retire:
+        order = {"do": "remove", "names": list(actions.retire), "stop_s": 30, "secrets_too": False}
+        yield python(_QUADLET, order, _stdin="{}")
     if actions.disable:
         yield StringCommand("systemctl", "disable", "--now", *actions.disable)
     if actions.files:

@@ -48,3 +48,25 @@ class ProxyFacts(JsonFact):
             folder=folder,
             socket_path=socket_path,
         )
+
+
+class HealingFacts(JsonFact):
+    """What looks after the services, and its alarms: see `remote/healing.py`."""
+
+    script = program(__file__, "healing")
+
+    def command(self, paths: Sequence[str], unit: str) -> StringCommand:
+        return super().command(paths=list(paths), unit=unit)
+
+
+class PyTorchFacts(JsonFact):
+    """What PyTorch jobs need: see `remote/pytorch.py`."""
+
+    script = program(__file__, "pytorch")
+
+    def command(
+        self, image: str, network: str, data: str, mounted: str, paths: Sequence[str], groups: Sequence[str]
+    ) -> StringCommand:
+        return super().command(
+            image=image, network=network, data=data, mounted=mounted, paths=list(paths), groups=list(groups)
+        )

@@ -114,6 +114,8 @@ class ContainerSpec:
     network: str = ""
     #: Other services that start before it.
     after: tuple[str, ...] = ()
+    #: The guest's container engine: the same declaration is a container of Docker's or a unit of Podman's.
+    engine: Literal["docker", "podman"] = "docker"
     #: URL on the guest's loopback address that answers 200 when the service is up.
     probe: str = ""
     #: Seconds that it may take to end, and to be ready after its start.
@@ -179,7 +181,10 @@ class ContainerSpec:
         return {key: value for key, value in sorted(values.items()) if value}
 
     def digest(self) -> str:
-        """SHA-256 of all that `docker create` is told: a change of our own options counts as well."""
+        """SHA-256 of all that `docker create` is told: a change of our own options counts as well.
+
+        For Podman see `quadlet.digest()`.
+        """
         return hashlib.sha256(json.dumps(self._options()).encode()).hexdigest()
 
     def create(self) -> list[str]:

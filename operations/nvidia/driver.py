@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from operations.nvidia.facts import DriverFacts
 from operations.nvidia.kernels import BUILD, require_bootable
 from operations.nvidia.repository import PIN, driver_pin
 from operations.reboot import reboot_and_wait
+from operations.remote.common import CONTAINERS_LOCK
 from operations.told import Told
 
 BLACKLIST = "/etc/modprobe.d/gpulab-nouveau.conf"
@@ -30,9 +32,12 @@ BLACKLIST = "/etc/modprobe.d/gpulab-nouveau.conf"
 NEEDED_MIB = {"/usr": 1500, "/var": 1500, "/boot": 100}
 
 # The persistence daemon and MPS' server keep the module in use, so they step aside while it is replaced. MPS' clients
-# count as users of the GPU, so it has none here.
-_RELOAD = """
+# count as users of the GPU, so it has none here. Nobody looks into containers meanwhile: each look runs nvidia-smi.
+_RELOAD = f"""
 set -e
+mkdir -p {os.path.dirname(CONTAINERS_LOCK)}
+exec 9>> {CONTAINERS_LOCK}
+flock 9
 stopped=
 for unit in gpulab-mps.service nvidia-persistenced.service; do
     if systemctl --quiet is-active "$unit"; then systemctl stop "$unit"; stopped="$unit $stopped"; fi

@@ -91,23 +91,6 @@ def require_possible(found: Mapping[str, Any], declared: Declared) -> None:
         raise GpulabError(problems[0], "\n".join(problems[1:]), "change it in the inventory; nothing was set")
 
 
-def require_lasting(declared: Declared) -> None:
-    """
-    Raises:
-        GpulabError: something is declared that the driver forgets at once without persistence.
-    """
-    if declared["persistence"]:
-        return
-    lost = [key for key in ("power_limit_w", "clocks") if declared[key] is not None]
-    lost += ["accounting"] if declared["accounting"] else []
-    lost += ["compute_mode"] if declared["compute_mode"] != "DEFAULT" else []
-    if lost:
-        raise GpulabError(
-            f"{', '.join(lost)}: the driver forgets them when the card's last client leaves, with persistence = false",
-            resolution="set nvidia.persistence, or leave them out (compute_mode comes with mps and exclusive sharing)",
-        )
-
-
 def differences(found: Mapping[str, Any], declared: Declared) -> tuple[str, ...]:
     """What each card is set to otherwise: `subject: seen -> wanted`."""
     gpus = found.get("gpus", [])
@@ -182,7 +165,6 @@ def settings(
         "ecc": ecc,
         "compute_mode": compute_mode,
     }
-    require_lasting(declared)
     found = read()
     require_possible(found, declared)
     actions, ecc_word = decide(found, declared), ecc_due(found, declared)

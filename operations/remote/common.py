@@ -2,13 +2,19 @@
 """What the programs on a host share. Standard library only; Python 3.11 and up."""
 
 import base64
+import contextlib
+import fcntl
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+#: Held by whoever replaces, starts or restarts a container of ours.
+CONTAINERS_LOCK = "/run/gpulab/containers.lock"
 
 
 def run(*argv: str, timeout: float = 60) -> tuple[int, str, str]:
@@ -21,6 +27,19 @@ def run(*argv: str, timeout: float = 60) -> tuple[int, str, str]:
     except subprocess.TimeoutExpired:
         return 124, "", f"{argv[0]}: no end after {timeout:.0f} s"
     return done.returncode, done.stdout, done.stderr
+
+
+@contextlib.contextmanager
+def locked(path: str, wait: bool = True) -> Iterator[bool]:
+    """Alone with what the lock stands for; False without `wait`: somebody else has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def text(path: str) -> str | None:
@@ -77,6 +96,17 @@ def units(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             "skipped": tried and keys.get("ConditionResult") == "no",
         }
     return found
+
+
+def same_memory(told: str, wanted: int | None) -> bool:
+    """Does MPS' daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down: 4095 is `3G`.
+
+    + wanted: None: no limit, which it tells by saying nothing
+    """
+    amount = re.fullmatch(r"([0-9]+)([GM])", told)
+    if wanted is None or amount is None:
+        return wanted is None and not told
+    return int(amount[1]) == (wanted if amount[2] == "M" else wanted // 1024)
 
 
 def answer(read: Callable[..., Any]) -> None:

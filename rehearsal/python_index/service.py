@@ -19,7 +19,7 @@ from rehearsal import ca, network, paths, processes
 from rehearsal.nvidia.service import wait_listening
 from rehearsal.registry.recipe import download
 
-PORT = 8099
+PORT = 8097
 PROCESS = "python-index"
 #: What the index holds, by the version of Python that it is for: the driver of Milvus with all it needs, for the
 #: guests' own Python, and packages for an environment of PyTorch jobs, which have the Python of their image.

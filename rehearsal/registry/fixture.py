@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import gguf
@@ -13,20 +12,13 @@ LAYERS = 2
 WIDTH = 64
 HEADS = 4
 FEED_FORWARD = 128
-CONTEXT = 256
+#: Tokens of its "training": more than any inventory of the lab declares.
+CONTEXT = 32768
 SEED = 20261122
-
-#: What the Ollama stand-in tells of the model, and reckons its memory from.
-DETAILS = {
-    "block_count": LAYERS,
-    "embedding_length": WIDTH,
-    "parameter_size": "0.1M (simulated)",
-    "quantization_level": "F32",
-}
 
 
 def write_tiny(path: Path) -> None:
-    """Write the model to `path` and what is known of it beside it, as .json. The bytes are the same each time."""
+    """Write the model to `path`. The bytes are the same each time."""
     generator = numpy.random.default_rng(SEED)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny random model (simulated)")
@@ -70,4 +62,3 @@ def write_tiny(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    path.with_suffix(".json").write_text(json.dumps(DETAILS) + "\n")

@@ -13,51 +13,24 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import inventory
 from rehearsal import host, paths
-from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed, deployed_lab
 
-from . import table
+from . import services, table
+from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
 from .table import Row, Verdict
 
-GUEST = "gpu01"
 #: Makes the simulated card answer differently: see rehearsal/nvidia/source/gpu.h.
 CARD = "/var/lib/lab-hardware/nvml.conf"
-S, R, H = Verdict.SURVIVED, Verdict.REFUSED, Verdict.HEALED
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
-
-Act = Callable[[Deployed], object]
-Words = tuple[str, ...]
-
-
-def nothing(deployed: Deployed) -> None:
-    """Nobody has to do anything."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`says`: stands in what the first deploy prints, and `checks`: what verify fails at before it.
-
-    `words`: of that deploy alone. `mend`: what only somebody else than a deploy can put right.
-    """
-
-    injected: str
-    expected: Verdict
-    inject: Act
-    says: str = ""
-    checks: tuple[str, ...] = ()
-    words: Callable[[], Words] = tuple
-    mend: Act = nothing
 
 
 @pytest.fixture(scope="module")
@@ -67,60 +40,23 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         yield hosts
 
 
-def sh(script: str) -> Act:
-    """A shell script in the guest, without SSH."""
-    return lambda deployed: deployed.on(GUEST, "sh", "-ec", script)
-
-
-def meanwhile(script: str) -> Act:
-    """The same, going on beside what comes next."""
-    return lambda deployed: deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-ec", script)
-
-
-def both(*acts: Act) -> Act:
-    return lambda deployed: [act(deployed) for act in acts]
-
-
 def nvidia(**keys: object) -> Words:
     """Words of a deploy in which `nvidia` of the guest is otherwise."""
     declared = inventory.load(INVENTORY).guests[GUEST].nvidia.model_dump(exclude_unset=True)
     return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
 
 
-def access(**keys: object) -> Words:
-    """Words of a deploy in which `access` of the guest is otherwise."""
-    return ("--data", f"access={json.dumps(keys)}")
+def ollama(**keys: object) -> Words:
+    """The same of `services.ollama`."""
+    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
+    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
 
 
-class Load:
-    """Clients of Ollama with streamed answers; whatever they lose is a loss of the fault."""
-
-    def begin(self, deployed: Deployed) -> None:
-        self.over, self.lost, self.done = threading.Event(), list[str](), 0
-        self.clients = [threading.Thread(target=self.ask) for _ in range(4)]
-        for each in self.clients:
-            each.start()
-
-    def ask(self) -> None:
-        with ollama_client("astro") as client:
-            # Below the pace that one tenant may have.
-            while not self.over.wait(0.5):
-                try:
-                    parts = list(client.generate(model="tiny", prompt="stars", stream=True, options={"num_predict": 8}))
-                    self.done += 1
-                    if not parts[-1].done:
-                        self.lost.append(f"{len(parts)} parts without an end")
-                except Exception as error:
-                    self.lost.append(repr(error))
-
-    def end(self, deployed: Deployed) -> None:
-        self.over.set()
-        for each in self.clients:
-            each.join()
-        assert self.lost == [] and self.done > 0, (self.lost[:3], self.done)
+#: A GGUF of a version that nobody reads any more.
+BROKEN = b"GGUF\1\0\0\0"
+BROKEN_MODEL = {"name": "own", "gguf": "/srv/data/broken.gguf", "gguf_sha256": hashlib.sha256(BROKEN).hexdigest()}
 
 
-load = Load()
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
 REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
 #: Both versions are in the repository; the pin allows them, and the guest has the newer one.
@@ -296,23 +232,37 @@ FAULTS = [
         says="space",
         mend=sh("umount /var/cache/apt/archives"),
     ),
-    Fault("nginx stopped by hand", S, sh("systemctl stop nginx"), checks=("containers.access.nginx",)),
     Fault(
-        "the proxy's key replaced by another",
-        S,
-        sh("openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out /etc/nginx/gpulab/server.key"),
-        checks=("containers.access.nginx",),
-    ),
-    Fault("the proxy reloaded under load", S, load.begin, words=lambda: access(burst=90), mend=load.end),
-    Fault(
-        "a file of somebody else's that nginx refuses",
+        "a model that nobody has",
         R,
-        sh("echo 'nonsense on;' > /etc/nginx/conf.d/site.conf"),
-        says="nginx refuses the new files; the ones before stay, and nginx runs with them",
-        words=lambda: access(burst=80),
-        mend=sh("rm -f /etc/nginx/conf.d/site.conf"),
+        nothing,
+        says="model nosuch: pull model manifest: file does not exist",
+        words=lambda: ollama(models=["nosuch"]),
+    ),
+    Fault(
+        "another digest than the model's declared",
+        R,
+        nothing,
+        says=f"declared is {64 * 'a'}; the model stays as it was pulled",
+        words=lambda: ollama(models=[{"name": "tiny", "digest": 64 * "a"}]),
+    ),
+    Fault(
+        "a broken GGUF",
+        R,
+        sh("printf 'GGUF\\1\\0\\0\\0' > /srv/data/broken.gguf"),
+        says="model own: unsupported version 1",
+        words=lambda: ollama(models=[BROKEN_MODEL]),
+        mend=sh("rm /srv/data/broken.gguf"),
+    ),
+    Fault(
+        "the registry of models away",
+        H,
+        nothing,
+        says="no such host",
+        words=lambda: ollama(models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
+    *services.FAULTS,
 ]
 
 

@@ -15,7 +15,7 @@ DAEMON = "/etc/docker/daemon.json"
 GPU01 = ("--limit", "gpu01")
 #: The same lab with Podman on its first guest. Group data lies beside the original.
 PODMAN = """
-guests[0][1].update(engine={"kind": "podman"}, services={})
+guests[0][1].update(engine={"kind": "podman"})
 for _name, _data in guests:
     _data["_sudo"] = True
 """
@@ -139,6 +139,14 @@ def test_podman_takes_dockers_place_and_gives_it_back(deployed: Any, tmp_path: P
         "inactive",
         "inactive",
     ]
+    assert "GPU 0" in deployed.on("gpu01", "podman", "exec", "ollama", "nvidia-smi", "-L")
+    # Down with the data disk, and up with it.
+    for act, state in ((("umount", "--lazy", "/srv/data"), 3), (("systemctl", "start", "srv-data.mount"), 0)):
+        deployed.on("gpu01", *act)
+        deadline = time.monotonic() + 60
+        while host.run("gpu01", ["systemctl", "is-active", "ollama"]).returncode != state:
+            assert time.monotonic() < deadline, act
+            time.sleep(0.5)
     write(deployed, "/etc/containers/systemd/gpu.container", QUADLET)
     deployed.on("gpu01", "systemctl", "daemon-reload")
     deployed.on("gpu01", "systemctl", "start", "gpu.service")

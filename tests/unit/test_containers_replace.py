@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,24 @@ def fail(text):
 def get(name):
     return state["containers"].get(name) or fail("No such container: " + name)
 match words[0]:
+    case "network":
+        known = state.setdefault("networks", [])
+        match words[1]:
+            case "inspect":
+                words[-1] in known or fail("network not found")
+            case "create":
+                state.get("pools") == 0 and fail("all predefined address pools have been fully subnetted")
+                known.append(words[-1])
+            case "ls":
+                print(*known)
+            case "rm":
+                known.remove(words[-1])
     case "container" | "inspect":
         item = get(words[-1])
-        print(json.dumps({{"RestartCount": 0, "State": {{"Status": item["status"], "ExitCode": 1, "Error": ""}}}}))
+        health = "unhealthy" if item["image"] in state.get("unhealthy", []) else "healthy"
+        found = {{"Status": item["status"], "ExitCode": 1, "Error": "", "Health": {{"Status": health}}}}
+        networks = {{"Networks": {{name: {{}} for name in state.get("connected", [])}}}}
+        print(json.dumps({{"RestartCount": 0, "State": found, "NetworkSettings": networks}}))
     case "create":
         if state.get("refuse"):
             fail("invalid mount config")
@@ -39,6 +57,7 @@ match words[0]:
         get(words[-1])["status"] = "exited"
     case "start":
         item = get(words[-1])
+        item["image"] in state.get("unstartable", []) and fail("network gpulab-web not found")
         item["status"] = "exited" if item["image"] in state.get("broken", []) else "running"
     case "rename":
         if words[2] in state["containers"]:
@@ -57,6 +76,7 @@ class Guest:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state = folder / "state.json"
+        self.secrets = folder / "secrets"
         docker = folder / "docker"
         docker.write_text(DOCKER.format(python=sys.executable))
         docker.chmod(0o755)
@@ -74,8 +94,14 @@ class Guest:
         found = json.loads(self.state.read_text())["containers"]
         return {name: (item["status"], item["image"]) for name, item in found.items()}
 
-    def replace(self, **order: Any) -> subprocess.CompletedProcess[str]:
-        text = program(str(Path(operations.__file__).parent / "containers" / "facts.py"), "replace")
+    def secret(self, name: str, content: str) -> dict[str, Any]:
+        source = f"{self.secrets}/web/{name}"
+        return {"source": source, "target": "/x", "content": content, "uid": os.geteuid(), "gid": os.getegid()}
+
+    def replace(self, *secrets: dict[str, Any], **order: Any) -> subprocess.CompletedProcess[str]:
+        text = program(str(Path(operations.__file__).parent / "containers" / "facts.py"), "service", "replace")
+        # Not everybody who runs the tests may write to /run.
+        text = text.replace("/run/gpulab/", f"{self.folder}/run/")
         whole = {
             "do": "replace",
             "name": "web",
@@ -91,8 +117,31 @@ class Guest:
             **order,
         }
         environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "DOCKER_STATE": str(self.state)}
+        text = text.replace("/etc/gpulab/secrets", str(self.secrets))
         argv = [sys.executable, "-c", text, json.dumps(whole)]
-        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, input="[]")
+        given = json.dumps({"secrets": secrets})
+        return subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, input=given)
+
+    def kept(self) -> dict[str, str]:
+        """The secrets' files of the service."""
+        return {path.name: path.read_text() for path in self.secrets.glob("web/*")}
+
+    def networks(self) -> list[str]:
+        return list(json.loads(self.state.read_text()).get("networks", []))
+
+
+def test_nobody_else_is_at_the_containers_meanwhile(guest: Guest) -> None:
+    lock = guest.folder / "run/containers.lock"
+    lock.parent.mkdir()
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(guest.replace)
+            time.sleep(0.5)
+            assert guest.containers() == {}
+            fcntl.flock(file, fcntl.LOCK_UN)
+            assert waiting.result().returncode == 0
+    assert guest.containers() == {"web": ("running", "new")}
 
 
 @pytest.fixture
@@ -194,3 +243,77 @@ def test_a_service_that_never_answers_is_named(guest: Guest) -> None:
     assert done.returncode == 1
     assert "web is not ready after 1 s: http://127.0.0.1:9/:" in done.stderr
     assert guest.containers() == {}
+
+
+def test_a_network_is_made_once_and_outlives_its_first_container(guest: Guest) -> None:
+    guest.set(broken=["new"])
+    assert guest.replace(network="gpulab-web").returncode == 1
+    assert (guest.containers(), guest.networks()) == ({}, ["gpulab-web"])
+
+    guest.set({"web": "old"}, networks=["gpulab-web"])
+    assert guest.replace(network="gpulab-web").returncode == 0
+    assert guest.networks() == ["gpulab-web"]
+
+
+def test_a_network_that_cannot_be_made_costs_nobody_anything(guest: Guest) -> None:
+    guest.set({"web": "old"}, pools=0)
+    done = guest.replace(guest.secret("a.1", "one"), network="gpulab-web")
+    assert done.returncode == 1
+    assert "docker network: all predefined address pools" in done.stderr
+    assert guest.containers() == {"web": ("running", "old")}
+    assert guest.kept() == {}
+
+
+def test_a_secret_is_the_users_alone(guest: Guest) -> None:
+    assert guest.replace(guest.secret("a.1", "one")).returncode == 0
+    [path] = guest.secrets.glob("web/*")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("one", 0o400)
+    assert [folder.stat().st_mode & 0o777 for folder in (guest.secrets, guest.secrets / "web")] == [0o700, 0o700]
+
+
+def test_a_changed_secret_takes_the_place_of_the_one_before(guest: Guest) -> None:
+    guest.replace(guest.secret("a.1", "one"))
+    assert guest.replace(guest.secret("a.2", "two")).returncode == 0
+    assert guest.kept() == {"a.2": "two"}
+
+
+@pytest.mark.parametrize("failing", ["broken", "unhealthy"])
+def test_the_old_secret_is_there_for_the_container_that_is_put_back(guest: Guest, failing: str) -> None:
+    guest.replace(guest.secret("a.1", "one"))
+    guest.set({"web": "old"}, **{failing: ["new"]})
+
+    done = guest.replace(guest.secret("a.2", "two"))
+
+    assert done.returncode == 1
+    assert ("its health check says unhealthy" in done.stderr) == (failing == "unhealthy")
+    assert guest.containers() == {"web": ("running", "old")}
+    assert guest.kept() == {"a.1": "one"}
+    assert "one" not in done.stderr.split() and "two" not in done.stderr.split()
+
+
+def test_one_that_cannot_be_started_is_made_anew(guest: Guest) -> None:
+    guest.set({"web": "old"}, unstartable=["old"], connected=["gpulab-web"])
+    done = guest.replace(do="start", network="gpulab-web")
+    assert done.returncode == 0, done.stderr
+    assert "network gpulab-web not found; it is made anew" in done.stderr
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_one_that_was_taken_from_its_network_is_made_anew(guest: Guest) -> None:
+    guest.set({"web": "old"}, connected=["bridge"])
+    done = guest.replace(do="start", network="gpulab-web")
+    assert done.returncode == 0, done.stderr
+    assert "web is not connected to gpulab-web; it is made anew" in done.stderr
+    assert guest.containers() == {"web": ("running", "new")}
+
+
+def test_one_that_was_only_stopped_is_not_made_anew(guest: Guest) -> None:
+    guest.set({"web": "old"}, connected=["gpulab-web"])
+    assert guest.replace(do="start", network="gpulab-web").returncode == 0
+    assert guest.containers() == {"web": ("running", "old")}
+
+
+def test_a_service_goes_with_its_network_and_secrets(guest: Guest) -> None:
+    guest.replace(guest.secret("a.1", "one"), network="gpulab-web")
+    assert guest.replace(do="remove", names=["web"]).returncode == 0
+    assert (guest.containers(), guest.networks(), guest.kept()) == ({}, [], {})

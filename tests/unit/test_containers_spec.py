@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inventory import GpulabError
-from inventory.sharing import Client
+from operations.containers import quadlet
 from operations.containers.container import decide
-from operations.containers.engine import mount_unit
-from operations.containers.ollama import full_name, missing_models, ollama_spec
+from operations.containers.quadlet import mount_unit
 from operations.containers.spec import ContainerSpec, Health, difference, familiar
 
 IMAGE = "registry.example/a@sha256:" + 64 * "a"
@@ -60,8 +59,8 @@ OTHER: dict[str, Any] = {
     "stop_s": 60,
     "labels": {"a": "b"},
 }
-#: Asked from outside: a change of these takes no container down.
-OUTSIDE = {"name", "mounts", "probe", "ready_s"}
+#: Asked from outside: a change of these takes no container down. Another engine has other containers.
+OUTSIDE = {"name", "mounts", "probe", "ready_s", "engine"}
 
 
 def test_every_field_is_known_to_count_or_not() -> None:
@@ -72,6 +71,7 @@ def test_every_field_is_known_to_count_or_not() -> None:
 def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name: str) -> None:
     changed = replace(SPEC, **{name: OTHER[name]})
     assert changed.digest() != SPEC.digest()
+    assert quadlet.digest(changed) != quadlet.digest(SPEC)
     lines = difference(json.dumps(SPEC.declaration()), changed)
     assert lines
     assert lines != difference(json.dumps(SPEC.declaration()), SPEC)
@@ -80,6 +80,8 @@ def test_a_changed_declaration_has_another_digest_and_shows_its_difference(name:
 @pytest.mark.parametrize(("name", "value"), [("probe", "http://127.0.0.1/"), ("ready_s", 5), ("mounts", ("/srv",))])
 def test_what_is_asked_from_outside_recreates_nothing(name: str, value: Any) -> None:
     assert replace(SPEC, **{name: value}).digest() == SPEC.digest()
+    # Podman's unit waits for its disks.
+    assert (quadlet.digest(replace(SPEC, **{name: value})) == quadlet.digest(SPEC)) == (name != "mounts")
 
 
 @given(st.permutations(["A", "B", "C", "D"]))
@@ -146,54 +148,9 @@ def test_an_engine_that_is_down_is_no_reason_to_create_anything() -> None:
         decide({"info": None, "error": "gone"}, SPEC)
 
 
-def test_ollama_leaves_the_rest_of_the_card_to_others() -> None:
-    spec = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {"OLLAMA_CONTEXT_LENGTH": "4096", "OLLAMA_HOST": "x"})
-    assert spec.environment["OLLAMA_GPU_OVERHEAD"] == str((16376 - 8192) * 2**20)
-    # A setting may be overruled; what the deploy relies on may not.
-    assert spec.environment["OLLAMA_CONTEXT_LENGTH"] == "4096"
-    assert spec.environment["OLLAMA_HOST"] == "0.0.0.0:11434"
-    assert spec.ports == {11434: 11434}
-
-
-def test_ollama_is_the_client_that_the_sharing_asks_for() -> None:
-    client = Client(
-        {"CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps"}, {"/run/nvidia-mps": "/run/nvidia-mps"}, "850:850", "host"
-    )
-    shared = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {"CUDA_MPS_PIPE_DIRECTORY": "/tmp"}, client)
-    words = shared.create()
-    assert {"--user=850:850", "--ipc=host", "--env=CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps"} <= set(words)
-    assert "--mount=type=bind,source=/run/nvidia-mps,target=/run/nvidia-mps" in words
-    # Somebody else's folder is neither made nor given away.
-    assert shared.folders() == ["/srv/data/ollama"]
-    assert shared.owned() == {"/srv/data/ollama": [850, 850]}
-
-
-def test_ollama_of_its_own_has_its_models_where_a_client_has_them_and_as_root() -> None:
-    alone = ollama_spec(IMAGE, 11434, 8192, 16376, "/srv/data", {})
-    assert alone.owned() == {"/srv/data/ollama": [0, 0]}
-    assert not [word for word in alone.create() if word.startswith("--ipc")]
-    assert alone.volumes == {"/srv/data/ollama": f"{alone.environment['HOME']}/.ollama"}
-
-
 @pytest.mark.parametrize("user", ["", "1000", "ollama", "ollama:ollama"])
 def test_folders_of_a_user_that_only_the_image_knows_stay_as_they_are(user: str) -> None:
     assert replace(SPEC, user=user, secrets={}).owned() == {}
-
-
-@pytest.mark.parametrize(
-    ("model", "full"),
-    [("tiny", "tiny:latest"), ("qwen3:8b", "qwen3:8b"), ("hf.co:443/a/b", "hf.co:443/a/b:latest")],
-)
-def test_a_model_without_tag_is_the_latest(model: str, full: str) -> None:
-    assert full_name(model) == full
-
-
-def test_missing_models() -> None:
-    answer = {"status": 200, "body": {"models": [{"name": "tiny:latest"}]}}
-    assert missing_models(answer, ["tiny", "qwen3:8b"]) == ["qwen3:8b"]
-    assert missing_models({"status": 200, "body": {"models": None}}, ["tiny"]) == ["tiny"]
-    assert missing_models({"status": 0, "body": "refused"}, ["tiny"]) == ["tiny"]
-    assert missing_models(None, []) == []
 
 
 def test_container_without_a_folder_on_its_disk_is_bound_to_one() -> None:

@@ -101,6 +101,14 @@ def test_tenants_client_has_its_own_limits(tmp_path: Path) -> None:
     }
 
 
+def test_nothing_lasts_without_persistence_and_nothing_has_to(tmp_path: Path) -> None:
+    nvidia = {"persistence": False, "accounting": False, "thermal": None, "sharing": "time-slice"}
+
+    guest = inventory.load(lab_file(tmp_path, guests={"gpu01": {**GUEST, "nvidia": nvidia}})).guests["gpu01"]
+
+    assert guest.nvidia.forgotten() == []
+
+
 @pytest.mark.parametrize("sharing", ["time-slice", "exclusive"])
 def test_without_mps_a_client_needs_nothing(tmp_path: Path, sharing: str) -> None:
     guests = {"gpu01": {**GUEST, "nvidia": {"sharing": sharing}}}
@@ -209,10 +217,6 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             "gpu01: expected `engine.kind` docker on debian12: its Podman is too old (newer: debian13)",
         ),
         (
-            {"engine": {"kind": "podman"}, "services": {"ollama": {"image": IMAGE}}},
-            "gpu01: expected no `services` beside `engine.kind` podman",
-        ),
-        (
             {"engine": {"repository": "http://mirror.example/docker"}},
             "gpu01: engine: expected `key_sha256` beside http://mirror.example/docker",
         ),
@@ -239,6 +243,15 @@ def test_group_data_is_resolved_as_pyinfra_does(tmp_path: Path) -> None:
             "nvidia.mps.pinned_memory_limit_mib = 20000: expected at most its 16376 MiB",
         ),
         ({"nvidia": {"thermal": {"warning_c": 95}}}, "nvidia.thermal: expected `warning_c` below `critical_c`"),
+        (
+            {"nvidia": {"persistence": False, "power_limit_w": 120, "clocks": {"min_mhz": 900, "max_mhz": 900}}},
+            "gpu01: nvidia: expected `persistence`, or none of what the driver forgets when the card's last client "
+            'leaves: accounting, power_limit_w, clocks, thermal.action = "lower-power", sharing = "mps"',
+        ),
+        (
+            {"nvidia": {"persistence": False, "accounting": False, "thermal": {"action": "log"}}},
+            'the card\'s last client leaves: sharing = "mps"\n',
+        ),
         ({"nvidia": {"cuda": ["cuda"]}}, "nvidia.cuda.0 = 'cuda'"),
         (
             {"nvidia": {"cuda": ["12.9", "13.4"]}},

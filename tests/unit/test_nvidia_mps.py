@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from inventory import GpulabError
 from operations.nvidia.mps import FILES, UNIT_FILE, decide, foreign_user, profile, wanted_files
-from operations.nvidia.remote.mps import same_memory, same_percentage, wrong
+from operations.nvidia.remote.mps import same_percentage, wrong
 from operations.nvidia.units import installed
+from operations.remote.common import same_memory
 from rehearsal import image, paths
 from rehearsal.nvidia import service
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from inventory import GpulabError
 from operations.nvidia.remote.settings import differing, refused
-from operations.nvidia.settings import decide, ecc_due, library_digest, require_lasting, wanted_files
+from operations.nvidia.settings import decide, ecc_due, library_digest, wanted_files
 from operations.nvidia.units import installed
 from rehearsal.nvidia import service
 
@@ -100,14 +99,6 @@ def test_a_lock_is_known_by_what_was_noted_and_by_a_clock_that_breaks_it() -> No
 def test_what_the_card_refuses(gpu: dict[str, Any], declared: dict[str, Any], expected: str) -> None:
     found = refused({**GPU, **gpu}, {**DECLARED, **declared})
     assert found == ([f"NVIDIA RTX A4000 (00000000:01:00.0): {expected}"] if expected else [])
-
-
-def test_what_the_driver_forgets_without_persistence_is_refused() -> None:
-    plain = {"persistence": False, "accounting": False, "power_limit_w": None, "compute_mode": "DEFAULT"}
-    require_lasting({**DECLARED, **plain})
-    for key in ("accounting", "power_limit_w", "compute_mode"):
-        with pytest.raises(GpulabError, match=key):
-            require_lasting({**DECLARED, **plain, key: DECLARED[key]})
 
 
 def test_a_guest_that_does_not_exist_yet_gets_everything() -> None:

@@ -44,6 +44,20 @@ def test_refusal_is_counted_and_no_change() -> None:
     assert plan.render(["pve1"]).endswith("plan: 0 changes, 0 reboots, 1 refused")
 
 
+def test_note_is_no_change() -> None:
+    plan = Plan()
+    plan.add(Entry("gpu01", "models that nobody declares stay", ("old:1b",), Kind.NOTE))
+
+    assert plan.render(["gpu01"]).splitlines() == [
+        "gpu01",
+        "  nothing to change",
+        "  note: models that nobody declares stay",
+        "      old:1b",
+        "  reboot: no",
+        "plan: 0 changes, 0 reboots",
+    ]
+
+
 def test_step_that_is_evaluated_twice_stands_once() -> None:
     plan = Plan()
     for _ in range(2):

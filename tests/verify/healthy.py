@@ -6,23 +6,44 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inventory.packages import DEBIAN_13, TOOLKIT
+from verify.conftest import OBSERVATIONS, RESULTS, fixtures_of
 from verify.hosts import Unreachable, Unreadable
-from verify.observations import READER
+from verify.observations import READER, Observations
+from verify.verdicts import Result
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "sha256:" + 64 * "a"
 TOKEN = "gpulab@pve!gpulab=0f0e0d0c-1111-2222-3333-444455556666"
+#: Locks einops 0.8.2.
+LOCK = str(ROOT / "rehearsal/pytorch.lock")
 #: Ids of containers.
 IDS = {"ollama": 64 * "1", "milvus": 64 * "2", "astro": 64 * "3"}
 CDI = ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
 
+#: The settings that Ollama's server was started with.
+OLLAMA = {
+    "OLLAMA_HOST": "0.0.0.0:11434",
+    "OLLAMA_CONTEXT_LENGTH": "8192",
+    "OLLAMA_NUM_PARALLEL": "1",
+    "OLLAMA_MAX_LOADED_MODELS": "1",
+    "OLLAMA_MAX_QUEUE": "128",
+    "OLLAMA_KEEP_ALIVE": "5m",
+    "OLLAMA_LOAD_TIMEOUT": "5m",
+    "OLLAMA_FLASH_ATTENTION": "1",
+    "OLLAMA_KV_CACHE_TYPE": "f16",
+    "OLLAMA_NO_CLOUD": "1",
+    "CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps",
+    "CUDA_MPS_LOG_DIRECTORY": "/var/log/nvidia-mps",
+    "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M",
+}
 #: Declares all that can be declared, so that each promise can be broken.
 PASSTHROUGH: dict[str, Any] = {
     "devices": [{"name": "a4000", "address": "0000:01:00", "iommu_group": 14, "reset_methods": ["flr", "bus"]}],
@@ -69,10 +90,33 @@ GUEST: dict[str, Any] = {
     ],
     "backup": {"storage": "nas", "schedule": "sun 02:30", "keep": {"last": 3, "monthly": 6}, "spare_vmid": 901},
     "services": {
-        "ollama": {"image": f"ollama/ollama@{DIGEST}", "models": ["tiny"], "host_memory_mib": 8192},
+        "ollama": {
+            "image": f"ollama/ollama@{DIGEST}",
+            "models": [
+                {"name": "tiny", "digest": 64 * "d"},
+                {"name": "own", "gguf": "/srv/data/own.gguf", "gguf_sha256": 64 * "e"},
+            ],
+            "host_memory_mib": 8192,
+        },
         "milvus": {"image": f"milvusdb/milvus@{DIGEST}", "memory_budget_mib": 1024, "pool_init_mib": 256},
+        "pytorch": {"image": f"pytorch/pytorch@{DIGEST}", "lock": LOCK},
     },
 }
+
+
+def torch_job() -> dict[str, Any]:
+    """What a job of astro's, with its 6144 MiB of a card of 16376, says of itself."""
+    environment = {
+        "GPULAB_TORCH_MEMORY_FRACTION": f"{(6144 - 512) / 16376:.6f}",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=6144M",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "50",
+    }
+    saw = {
+        "torch": "2.13.0", "cuda": "13.0", "devices": 1, "versions": {"torch": "2.13.0", "einops": "0.8.2"},
+        "uid": 850, "capabilities": 0, "no_new_privileges": True, "root_writable": False,
+        "environment": environment, "memory_max": "max",
+    }  # fmt: skip
+    return {"status": 0, "saw": saw, "said": ""}
 
 
 def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, Any] | None = None) -> Path:
@@ -303,6 +347,7 @@ def healthy() -> dict[str, Any]:
             "cdi": CDI,
             "specifications": {"/var/run/cdi/nvidia.yaml": specification()},
             "loaded": "580.95.05",
+            "healing": {"active": "active", "enabled": "enabled", "age_s": 42.0, "alarms": {}},
             "data": {
                 "mounted": True,
                 "containers": [
@@ -316,12 +361,15 @@ def healthy() -> dict[str, Any]:
                 "ollama": {
                     **served("ollama/ollama", "/srv/data/ollama", 11434, memory_mib=8192),
                     "version": {"json": {"version": "0.32.0"}},
-                    "tags": {"json": {"models": [{"name": "tiny:latest"}]}},
+                    "tags": {"json": {"models": tags()}},
+                    "show own": {"json": {"modelfile": f"# FROM own\n\nFROM /models/blobs/sha256-{64 * 'e'}\n"}},
+                    "environment": dict(OLLAMA),
                 },
                 "milvus": served("milvusdb/milvus", "/srv/data/milvus", 19530, 9091),
             },
         },
         "access": reached(),
+        "pytorch": {"digests": [f"pytorch/pytorch@{DIGEST}"], "simulated": [], "job": torch_job()},
         "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),
@@ -463,8 +511,13 @@ def disturbed(**keys: Any) -> dict[str, Any]:
     return {"error": "", "before": said, "after": said, "same": True, "simulated": [], **keys}
 
 
-def ps_entry(size_vram: int) -> dict[str, Any]:
-    return {"name": "tiny:latest", "size_vram": size_vram}
+def tags(digest: str = 64 * "d") -> list[dict[str, str]]:
+    """Ollama's models, one of them of that digest."""
+    return [{"name": "tiny:latest", "digest": digest}, {"name": "own:latest", "digest": 64 * "f"}]
+
+
+def ps_entry(size_vram: int, context_length: int = 8192) -> dict[str, Any]:
+    return {"name": "tiny:latest", "size_vram": size_vram, "context_length": context_length}
 
 
 class Doctored:
@@ -490,6 +543,47 @@ class Doctored:
         return answer
 
 
+#: Fixtures by which a check reads a subject of another name.
+READS = {"pci_tree": "hypervisor"}
+
+
+class Series(Doctored):
+    """The checks, collected once and run again for each of these observations, which may differ in one subject.
+
+    A check is run when it reads that subject; all are for the first of it. None may read what its fixtures do not name.
+    """
+
+    def __init__(self, subject: str, observations: Sequence[dict[str, Any]]) -> None:
+        super().__init__(healthy())
+        self.subject = subject
+        self.series = observations
+        self.judged: list[Judged] = []
+        self._reads: frozenset[str] = frozenset()
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        assert subject in self._reads, f"reads {subject}, which is none of its fixtures"
+        return super().read(host, subject)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        stash = session.config.stash
+        stash[OBSERVATIONS].close()
+        whole: dict[str, Result] = {}
+        for number, observations in enumerate(self.series):
+            self.observations, stash[RESULTS] = observations, {}
+            for item in session.items:
+                self._reads = frozenset(READS.get(name, name) for name in fixtures_of(item))
+                if number == 0 or self.subject in self._reads:
+                    # Nothing is read ahead: what a check reads, it reads while it runs.
+                    stash[OBSERVATIONS] = Observations(self.read)
+                    session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            self.judged.append(Judged([asdict(result) for result in stash[RESULTS].values()]))
+            whole = whole or stash[RESULTS]
+        # The report that is written now is of a whole run.
+        stash[RESULTS] = whole
+        return True
+
+
 def api_refused() -> dict[str, Any]:
     """The observations of a lab whose token was revoked."""
     state = "the API of pve1 refuses the token"
@@ -498,27 +592,36 @@ def api_refused() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Judged:
+    """What the checks came to."""
+
+    results: list[dict[str, Any]]
+
+    def ids(self, *verdicts: str) -> set[str]:
+        """Ids of the checks that came to one of these verdicts."""
+        return {result["id"] for result in self.results if result["verdict"] in verdicts}
+
+    def result(self, id_: str) -> dict[str, Any]:
+        found = [result for result in self.results if result["id"] == id_]
+        assert len(found) == 1, f"{len(found)} results of {id_}"
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Verified(Judged):
     """A verify run that has ended."""
 
     status: int
     json: dict[str, Any]
     html: str
 
-    def ids(self, *verdicts: str) -> set[str]:
-        """Ids of the checks that came to one of these verdicts."""
-        return {result["id"] for result in self.json["results"] if result["verdict"] in verdicts}
-
-    def result(self, id_: str) -> dict[str, Any]:
-        found: list[dict[str, Any]] = [result for result in self.json["results"] if result["id"] == id_]
-        assert len(found) == 1, f"{len(found)} results of {id_}"
-        return found[0]
-
 
 def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
     """Run verify inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
     arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}"]
-    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    # The last one would collect garbage ten times a run, for what the tests' own pytest tells as well.
+    quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))
-    return Verified(status, json.loads((folder / "verify.json").read_text()), (folder / "index.html").read_text())
+    report = json.loads((folder / "verify.json").read_text())
+    return Verified(report["results"], status, report, (folder / "index.html").read_text())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.verify.healthy import (
     PASSTHROUGH,
     WORDS,
     Doctored,
+    Judged,
+    Series,
     computing,
     disturbed,
     function,
@@ -26,6 +29,7 @@ from tests.verify.healthy import (
     ps_entry,
     specification,
     stored,
+    tags,
     verify,
 )
 
@@ -53,15 +57,24 @@ SHARES = {*(f"{share}.budget" for share in ("ollama", "milvus", "tenants.astro")
 #: Checks of containers that have nothing to say on a guest that sees no GPU itself.
 UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
+    "containers.healing",
+    "containers.pytorch.cuda",
     *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
     *(f"containers.{share}" for share in SHARES),
 }
+#: What only a job can tell.
+SEEN_BY_JOBS = {f"containers.pytorch.{name}" for name in ("environment", "cuda", "limits", "rights")}
 WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
 #: What is promised of every service while it runs, and in any case.
 WHILE = ["gpu_visible", "loopback", "hardening"]
 ALWAYS = ["running", "image", "storage"]
-OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu"]}
+#: What Ollama has in memory.
+LOADED = ("context", "memory")
+OF_LOADED = {f"containers.ollama.{name}" for name in LOADED}
+#: One of each kind: its own, of the budget, of the way of sharing.
+SETTINGS = ("OLLAMA_CONTEXT_LENGTH", "OLLAMA_NO_CLOUD", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "CUDA_MPS_PIPE_DIRECTORY")
+OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu", *LOADED, "settings"]}
 MILVUS = {f"containers.milvus.{name}" for name in WHILE}
 ENGINE = {
     "containers.cdi",
@@ -368,12 +381,17 @@ CASES: list[Case] = [
         for name, place, value in EACH_SERVICE
     ],
     ("containers.milvus.loopback", "ports.9091", True, set()),
+    ("containers.healing", "containers.healing.active", "inactive", set()),
+    ("containers.healing", "containers.healing.enabled", "", set()),
+    ("containers.healing", "containers.healing.age_s", None, set()),
+    ("containers.healing", "containers.healing.age_s", 361.0, set()),
+    ("containers.healing", "containers.healing.alarms", {"ollama": "2026-11-29 it does not answer"}, set()),
     ("containers.ollama.hardening", f"{SERVICES}.ollama.limits.memory_mib", 16384, set()),
     (
         "containers.ollama.api",
         f"{SERVICES}.ollama.version",
         {"error": "Connection refused"},
-        {"containers.ollama.gpu"},
+        {"containers.ollama.gpu", *OF_LOADED},
     ),
     ("containers.access.nginx", "access.guest.active", "failed", DOOR),
     ("containers.access.nginx", "access.guest.enabled", "disabled", set()),
@@ -403,9 +421,35 @@ CASES: list[Case] = [
     ("containers.access.secrets", "access.guest.files./etc/nginx/gpulab/server~key.mode", 0o644, set()),
     ("containers.access.secrets", "access.guest.files./etc/nginx/gpulab/server~key.uid", 33, set()),
     ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": []}}, set()),
+    ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": tags(64 * "0")}}, set()),
+    ("containers.ollama.models", f"{SERVICES}.ollama.show own", {"json": {"modelfile": "FROM tiny\n"}}, set()),
+    (
+        "containers.ollama.models",
+        f"{SERVICES}.ollama.show own.json.modelfile",
+        f"FROM /models/blobs/sha256-{64 * '1'}\n",
+        set(),
+    ),
+    *[("containers.ollama.settings", f"{SERVICES}.ollama.environment.{name}", "other", set()) for name in SETTINGS],
+    ("containers.ollama.settings", f"{SERVICES}.ollama.environment", {}, set()),
+    ("containers.ollama.context", "ollama_load.ps.json.models.0.context_length", 32768, set()),
+    ("containers.ollama.context", "ollama_load.ps.json.models.0.context_length", 0, set()),
+    ("containers.ollama.memory", "ollama_load.ps.json.models.0.size_vram", 8193 * 2**20, set()),
+    ("containers.ollama.memory", "ollama_load.ps.json.models", [ps_entry(1), ps_entry(1)], set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
-    ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, set()),
-    ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, set()),
+    ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, {"containers.ollama.context"}),
+    ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, OF_LOADED),
+    ("containers.pytorch.image", "pytorch.digests", [], set()),
+    ("containers.pytorch.job", "pytorch.job", {"status": 125, "saw": None, "said": "no such device"}, SEEN_BY_JOBS),
+    ("containers.pytorch.job", "pytorch.job.status", 1, set()),
+    ("containers.pytorch.environment", "pytorch.job.saw.versions", {"torch": "2.13.0", "einops": "0.8.1"}, set()),
+    ("containers.pytorch.cuda", "pytorch.job.saw.devices", 0, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None, set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.environment.GPULAB_TORCH_MEMORY_FRACTION", "1.000000", set()),
+    ("containers.pytorch.limits", "pytorch.job.saw.memory_max", "1073741824", set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.uid", 0, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.capabilities", 1, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.no_new_privileges", False, set()),
+    ("containers.pytorch.rights", "pytorch.job.saw.root_writable", True, set()),
 ]
 
 
@@ -420,12 +464,37 @@ def doctored(place: str, value: Any) -> dict[str, Any]:
     return observations
 
 
-@pytest.mark.parametrize(("id_", "place", "value", "blocked"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
-def test_exactly_the_broken_promise_fails(tmp_path: Path, id_: str, place: str, value: Any, blocked: set[str]) -> None:
-    node_only = id_.startswith("hypervisor.")
-    limit = [] if place != "reach" else ["--limit", "pve1" if node_only else "gpu01"]
+def together(case: Case) -> tuple[str, tuple[str, ...]]:
+    """The subject that a case changes and the hosts to verify: cases that have both in common are one series."""
+    subject = case[1].partition(".")[0]
+    if subject != "reach":
+        return subject, ()
+    # Of what is not reached nothing else is checked, and the same goes for the other host here.
+    return subject, ("--limit", "pve1" if case[0].startswith("hypervisor.") else "gpu01")
 
-    run = verify(lab_file(tmp_path), *limit, plugin=Doctored(doctored(place, value)))
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Judged]:
+    """What the checks came to in a case. A series is run when it is first asked for."""
+    known: dict[int, Judged] = {}
+
+    def of(case: Case) -> Judged:
+        if id(case) not in known:
+            cases = [other for other in CASES if together(other) == together(case)]
+            subject, limit = together(case)
+            series = Series(subject, [doctored(place, value) for _, place, value, _ in cases])
+            verify(lab_file(tmp_path_factory.mktemp(subject)), *limit, plugin=series)
+            known.update(zip(map(id, cases), series.judged, strict=True))
+        return known[id(case)]
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_exactly_the_broken_promise_fails(judged: Callable[[Case], Judged], case: Case) -> None:
+    id_, _, _, blocked = case
+
+    run = judged(case)
 
     assert run.ids("fail", "inconclusive") == {id_}
     assert run.ids("not run") == blocked
@@ -512,6 +581,7 @@ def shared(sharing: str) -> dict[str, Any]:
     nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": []}
     for service in observations["containers"]["services"].values():
         service["privileges"] |= {"uid": 0, "ipc": "own"}
+    observations["pytorch"]["job"]["saw"]["environment"]["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = None
     return observations
 
 
@@ -540,7 +610,8 @@ def test_undeclared_settings_are_the_cards_own(tmp_path: Path) -> None:
     nvidia["mps"] |= {"percentage": {"status": 0, "says": "100.0"}, "memory": {"status": 0, "says": ""}}
     nvidia |= {"tenants": {}, "cuda": {}}
     nvidia["units"]["gpulab-gpu-thermal.service"] = {"active": "", "enabled": ""}
-    lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": []})
+    services = {name: value for name, value in GUEST["services"].items() if name != "pytorch"}
+    lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": [], "services": services})
 
     run = verify(lab, plugin=Doctored(observations))
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -913,6 +914,13 @@ def observed(root: Path, name: str, *ports: int, asks: dict[str, str] | None = N
     return containers.observe({"engine": "docker", "services": services, "mount": "/srv"}, root)
 
 
+def test_only_settings_are_read_of_a_services_environment(tmp_path: Path) -> None:
+    put(tmp_path, "proc/7/environ", "OLLAMA_HOST=a=b\0HOME=/root\0HF_TOKEN=hidden\0CUDA_MPS_LOG_DIRECTORY=/var/log\0")
+
+    assert containers.environment(tmp_path, 7) == {"OLLAMA_HOST": "a=b", "CUDA_MPS_LOG_DIRECTORY": "/var/log"}
+    assert containers.environment(tmp_path, 8) == {}
+
+
 def test_service_is_read(tmp_path: Path, docker: None) -> None:
     found = observed(tmp_path, "ollama", 9, asks={"version": "/api/version"})
 
@@ -1004,6 +1012,21 @@ def test_podman_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     assert (found["engine"]["active"], found["engine"]["version"]) == ("active", "5.4.2")
     assert found["cdi"] == ["nvidia.com/gpu=0", "nvidia.com/gpu=all"]
+
+
+def test_healing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "bin/systemctl", "#!/bin/sh\nprintf 'ActiveState=active\\nUnitFileState=enabled\\n'\n").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+
+    absent = containers.healing(tmp_path)
+    put(tmp_path, "var/lib/gpulab/heal/alarm/ollama", "now  it does not answer\n")
+    look = put(tmp_path, "var/lib/gpulab/heal/look.json", "{}")
+    os.utime(look, (0, time.time() - 90))
+    found = containers.healing(tmp_path)
+
+    assert absent == {"active": "active", "enabled": "enabled", "age_s": None, "alarms": {}}
+    assert found["alarms"] == {"ollama": "now it does not answer"}
+    assert 90 <= found["age_s"] < 120
 
 
 #: An engine whose container loses its GPU with a daemon-reload, or whose containers do not outlive a restart.

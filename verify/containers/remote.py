@@ -27,13 +27,15 @@ KIND = "nvidia.com/gpu"
 PODMAN_FOLDERS = ["/etc/cdi", "/var/run/cdi"]
 #: What looks after the services.
 HEALING = "gpulab-heal.timer"
+#: Variables that are settings of a service; others may hold what is nobody's business.
+SETTINGS = ("OLLAMA_", "CUDA_MPS_")
 #: The state LISTEN in /proc/net/tcp.
 LISTEN = "0A"
 
 
 def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]:
     """`arguments`: `engine` (docker or podman), `mount` of the data disk, and `services`: name to its `ports` on the
-    guest and what to ask it (`asks`: key to path, on the first of its ports).
+    guest and what to ask it (`asks`: key to path, or path and body, on the first of its ports).
     """
     kind, mount = arguments["engine"], arguments["mount"]
     engine = podman(root) if kind == "podman" else docker()
@@ -144,8 +146,17 @@ def service(
         found["gpus"] = (
             [line for line in smi.stdout.splitlines() if line.startswith("GPU ")] if not smi.returncode else []
         )
-        found.update({key: ask(ports[0], path) for key, path in asked["asks"].items()})
+        found["environment"] = environment(root, inspected["State"].get("Pid") or 0)
+        found.update(
+            {key: ask(ports[0], *([what] if isinstance(what, str) else what)) for key, what in asked["asks"].items()}
+        )
     return found
+
+
+def environment(root: Path, pid: int) -> dict[str, str]:
+    """The settings among the variables that its first process was started with, as the kernel has them."""
+    variables = (read(root / f"proc/{pid}/environ") or "").split("\0")
+    return dict(each.partition("=")[::2] for each in variables if each.startswith(SETTINGS))
 
 
 def published(inspected: dict[str, Any]) -> list[str]:

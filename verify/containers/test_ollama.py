@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from inventory import Guest
+from inventory import Guest, sharing
 from inventory.services import Ollama
 from verify.containers.running import running
 from verify.observations import Observation
@@ -17,6 +18,9 @@ pytestmark = pytest.mark.on("ollama")
 
 DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 RECREATE = "docker rm -f ollama on {host}; then " + DEPLOY
+
+
+MIB = 2**20
 
 
 @pytest.fixture
@@ -36,13 +40,80 @@ def test_ollama_answers(guest: Guest, ollama: Ollama, containers: Observation, s
 
 @pytest.mark.major
 @pytest.mark.promise("containers.ollama.models", fix=DEPLOY)
-def test_declared_models_are_there(guest: Guest, ollama: Ollama, containers: Observation) -> None:
-    answer = running(containers, "ollama")["tags"]
-    if "json" not in answer:
+def test_declared_models_are_there(
+    guest: Guest, ollama: Ollama, containers: Observation, seen: Callable[[str], None]
+) -> None:
+    service = running(containers, "ollama")
+    if "json" not in service["tags"]:
         not_run("Ollama does not answer")
-    there = {model["name"] for model in answer["json"].get("models") or []}
+    there = {model["name"]: model.get("digest", "") for model in service["tags"]["json"].get("models") or []}
     missing = [model.name for model in ollama.models if model.full_name not in there]
     assert not missing, f"{guest.name}: Ollama lacks {', '.join(missing)}; it has {', '.join(sorted(there)) or 'none'}"
+    for model in ollama.models:
+        if model.digest is not None:
+            digest = there[model.full_name]
+            assert digest == model.digest, f"{guest.name}: {model.name} is {digest}, expected {model.digest}"
+        if model.gguf is not None:
+            weights = made_of(service[f"show {model.name}"])
+            assert weights == model.gguf_sha256, (
+                f"{guest.name}: {model.name} is made of {weights or 'what Ollama does not say'}, "
+                f"expected {model.gguf_sha256}, the file {model.gguf}"
+            )
+    others = sorted(there.keys() - {model.full_name for model in ollama.models})
+    seen(f"{len(ollama.models)} models{'; nobody declares ' + ', '.join(others) if others else ''}")
+
+
+@pytest.mark.major
+@pytest.mark.promise("containers.ollama.settings", fix=RECREATE)
+def test_settings_are_in_effect(
+    guest: Guest, ollama: Ollama, containers: Observation, seen: Callable[[str], None]
+) -> None:
+    """As the kernel has them of the running server."""
+    found = running(containers, "ollama")["environment"]
+    expected = {**of_the_card(guest, ollama), **settings(ollama)}
+    wrong = [
+        f"{name} is {found.get(name, 'not set')}, expected {value}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    assert not wrong, f"{guest.name}: Ollama runs with other settings: {'; '.join(wrong)}"
+    seen(", ".join(f"{name} {value}" for name, value in settings(ollama).items()))
+
+
+@pytest.mark.major
+@pytest.mark.promise("containers.ollama.context", fix=RECREATE)
+def test_context_is_not_longer_than_declared(
+    guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]
+) -> None:
+    """A longer one takes memory that nobody reckoned with. A model may know less."""
+    loaded = in_memory(ollama, containers, ollama_load)
+    name = ollama.models[0].full_name
+    lengths = [int(each.get("context_length", 0)) for each in loaded if each["name"] == name]
+    if not lengths:
+        not_run(f"{name} is not in memory after it was loaded")
+    length = lengths[0]
+    assert 0 < length <= ollama.context_length, (
+        f"{guest.name}: {name} is loaded with {length} tokens of context, expected {ollama.context_length}"
+    )
+    seen(f"{name}: {length} tokens")
+
+
+@pytest.mark.major
+@pytest.mark.promise("containers.ollama.memory", fix=RECREATE)
+def test_models_stay_within_the_budget(
+    guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]
+) -> None:
+    """As Ollama itself counts; what the card counts is containers.ollama.budget."""
+    loaded = in_memory(ollama, containers, ollama_load)
+    total = sum(int(each.get("size_vram", 0)) for each in loaded) / MIB
+    names = ", ".join(each["name"] for each in loaded) or "no model"
+    assert total <= ollama.memory_budget_mib, (
+        f"{guest.name}: {names} take {total:.0f} MiB of the GPU's memory, expected at most {ollama.memory_budget_mib}"
+    )
+    assert len(loaded) <= ollama.max_loaded_models, (
+        f"{guest.name}: {len(loaded)} models are loaded ({names}), expected at most {ollama.max_loaded_models}"
+    )
+    seen(f"{names}: {total:.0f} MiB of {ollama.memory_budget_mib} MiB")
 
 
 @pytest.mark.critical
@@ -66,7 +137,49 @@ def test_ollama_computes_on_the_gpu(
         f"{guest.name}: {model} is loaded with 0 bytes in the GPU's memory, expected more: "
         "Ollama has fallen back to the CPU, as it does without a word when its container loses the GPU"
     )
-    seen(f"{model}: {max(sizes) / 2**20:.0f} MiB of the GPU's memory")
+    seen(f"{model}: {max(sizes) / MIB:.0f} MiB of the GPU's memory")
+
+
+def settings(ollama: Ollama) -> dict[str, str]:
+    """Ollama's own variables (its FAQ and envconfig/config.go)."""
+    return {
+        "OLLAMA_CONTEXT_LENGTH": str(ollama.context_length),
+        "OLLAMA_NUM_PARALLEL": str(ollama.parallel),
+        "OLLAMA_MAX_LOADED_MODELS": str(ollama.max_loaded_models),
+        "OLLAMA_MAX_QUEUE": str(ollama.max_queue),
+        "OLLAMA_KEEP_ALIVE": ollama.keep_alive,
+        "OLLAMA_LOAD_TIMEOUT": ollama.load_timeout,
+        "OLLAMA_FLASH_ATTENTION": str(int(ollama.flash_attention)),
+        "OLLAMA_KV_CACHE_TYPE": ollama.kv_cache_type,
+        "OLLAMA_NO_CLOUD": "1",
+    }
+
+
+def of_the_card(guest: Guest, ollama: Ollama) -> dict[str, str]:
+    """What makes it a client of MPS with its budget as the limit; nothing where the card is shared otherwise."""
+    client = sharing.client(guest, budget_mib=ollama.memory_budget_mib, processes=ollama.max_loaded_models)
+    return dict(client.environment)
+
+
+def in_memory(ollama: Ollama, containers: Observation, ollama_load: Observation) -> list[dict[str, Any]]:
+    """The models that are loaded after the first of the declared ones was asked for."""
+    if not ollama.models:
+        not_run("no model declared")
+    if "json" not in running(containers, "ollama")["version"]:
+        not_run("Ollama does not answer")
+    if "json" not in ollama_load["load"] or "json" not in ollama_load["ps"]:
+        not_run(f"{ollama.models[0].name} could not be loaded")
+    models: list[dict[str, Any]] = ollama_load["ps"]["json"].get("models") or []
+    return models
+
+
+def made_of(shown: dict[str, Any]) -> str | None:
+    """SHA-256 of the weights that a model's file (`/api/show`) names; None: it does not say."""
+    lines = str((shown.get("json") or {}).get("modelfile", "")).splitlines()
+    sources = [
+        line.rpartition("sha256-")[2].strip() for line in lines if line.startswith("FROM ") and "sha256-" in line
+    ]
+    return sources[0] if sources else None
 
 
 def full_name(model: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from operations.nvidia.remote.health import GPU_IS_LOST, MEMORY, make_load, observe
+from operations.remote.common import same_memory
 
 #: Other errors of NVML that have a cause of their own (nvml.h).
 DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, MISMATCH = 9, 12, 18
@@ -415,14 +416,6 @@ def number(words: str | None) -> float | None:
         return float(words or "")
     except ValueError:
         return None
-
-
-def same_memory(told: str, wanted: int | None) -> bool:
-    """Does the daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down; no limit by nothing."""
-    size = re.fullmatch(r"([0-9]+)([MG])", told)
-    if wanted is None or size is None:
-        return wanted is None and not told
-    return int(size[1]) == (wanted if size[2] == "M" else wanted // 1024)
 
 
 def summary(state: Mapping[str, Any]) -> str:

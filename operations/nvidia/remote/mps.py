@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from operations.remote.common import answer, files, text, units
+from operations.remote.common import answer, files, same_memory, text, units
 
 CONTROL = "nvidia-cuda-mps-control"
 ORDER = "/etc/gpulab/mps.json"
@@ -53,19 +53,6 @@ def ask(pipe: str, *commands: str) -> str:
 def same_percentage(told: str, wanted: int) -> bool:
     """Is `40.0` the 40 that was asked for?"""
     return re.fullmatch(r"[0-9]+(\.[0-9]+)?", told) is not None and float(told) == wanted
-
-
-def same_memory(told: str, wanted: int | None) -> bool:
-    """Does the daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down: 4095 is `3G`.
-
-    + wanted: None: no limit, which it tells by saying nothing
-    """
-    if wanted is None or not told:
-        return wanted is None and not told
-    amount = re.fullmatch(r"([0-9]+)([GM])", told)
-    if amount is None:
-        return False
-    return int(amount[1]) == (wanted if amount[2] == "M" else wanted // 1024)
 
 
 def limits(pipe: str, server: str = "") -> dict[str, str]:

@@ -35,7 +35,6 @@ def assemble(below: list[oci.Layer], scratch: Path, folder: Path) -> oci.Image:
     fixture.write_tiny(model)
     files: dict[str, bytes | Path] = {f"{OPT}/{path.name}": path for path in programs()}
     files[f"{OPT}/available/{model.name}"] = model
-    files[f"{OPT}/available/{model.with_suffix('.json').name}"] = model.with_suffix(".json")
     files["usr/bin/ollama"] = f'#!/bin/sh\nexec /usr/bin/python3 -IS /{OPT}/server.py "$@"\n'.encode()
     top = oci.layer_of_files(files, folder, executable=["usr/bin/ollama"])
     settings = oci.Settings(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Serves one model with llama.cpp on a free port of the loopback address, and holds its share of the card.
 
-    runner.py WEIGHTS CONTEXT DEVICE_BYTES
+    runner.py WEIGHTS CONTEXT PARALLEL DEVICE_BYTES
 
 It prints one line of JSON, `port` and `vram`, when it is ready. The computing is done by the CPU in any case; the
 device memory is allocated so that the card's own tools see it, and given back when this process ends.
@@ -50,13 +50,17 @@ def free_port() -> int:
 def main() -> None:
     # Not at the top: it comes with the image, and lies in a folder that only this program looks into.
     xllamacpp: Any = importlib.import_module("xllamacpp")
-    weights, context, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    weights, (context, parallel, wanted) = sys.argv[1], map(int, sys.argv[2:5])
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     vram = claim_device(wanted) if wanted else 0
     params = xllamacpp.CommonParams()
     params.model.path = weights
-    params.n_ctx = context
-    params.n_parallel = 1
+    # Of all requests together: each of them has a context of its own.
+    params.n_ctx = context * parallel
+    params.n_parallel = parallel
+    # It then answers with embeddings as well.
+    params.embedding = True
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     params.cpuparams.n_threads = min(2, os.cpu_count() or 1)
     params.hostnames = ["127.0.0.1"]
     params.port = free_port()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Runs on the guest, with the tools' own Python: what reading and changing Milvus share."""
+
+import contextlib
+import json
+import logging
+import os
+from typing import Any
+
+#: How root, and the programs of the guest that only root may run, log in.
+LOGINS = "/etc/gpulab/milvus.root.json"
+ROLE = "gpulab_"
+#: What a tenant may do in its own database, beside everything with its collections. Not `*`: that holds the making of
+#: users and roles, which are not of any database.
+RIGHTS = (
+    "CreateCollection",
+    "DropCollection",
+    "DescribeCollection",
+    "ShowCollections",
+    "RenameCollection",
+    "CreateAlias",
+    "DropAlias",
+    "DescribeAlias",
+    "ListAliases",
+)
+#: Milvus' own first password.
+DEFAULT = "Milvus"
+
+# Milvus' driver logs each refused call with its traceback, and our callers tell what they need in words.
+logging.disable(logging.CRITICAL)
+
+
+def connect(uri: str, user: str, password: str, database: str = "default") -> Any:
+    """A client that has logged in.
+
+    Raises:
+        Exception: the server does not answer, or refuses; of pymilvus or of gRPC.
+    """
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(uri, token=f"{user}:{password}", db_name=database, timeout=15)
+    client.list_collections()
+    return client
+
+
+def logs_in(uri: str, user: str, password: str | None, database: str = "default") -> bool:
+    if not password:
+        return False
+    try:
+        connect(uri, user, password, database).close()
+    except Exception:
+        return False
+    return True
+
+
+def kept() -> dict[str, Any]:
+    """The logins that a run has left on the guest."""
+    try:
+        with open(LOGINS) as file:
+            found: dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def keep(content: dict[str, Any]) -> None:
+    """For root alone; in whole or not at all."""
+    os.makedirs(os.path.dirname(LOGINS), exist_ok=True)
+    descriptor = os.open(f"{LOGINS}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
+        json.dump(content, file)
+        file.flush()
+        os.fsync(descriptor)
+    os.rename(f"{LOGINS}.new", LOGINS)
+
+
+def words(error: Exception) -> str:
+    """What the server said, in one line: gRPC's errors have it in a method."""
+    details = getattr(error, "details", None)
+    with contextlib.suppress(Exception):
+        if callable(details):
+            return str(details())
+    return str(getattr(error, "message", error)).splitlines()[0]
+
+
+def rights(client: Any, role: str, database: str) -> set[str]:
+    """What a role may do in a database: `Collection.*` and the like."""
+    found = client.describe_role(role_name=role, db_name=database)["privileges"]
+    return {f"{item['object_type']}.{item['privilege']}" for item in found}
+
+
+def described(client: Any, name: str) -> dict[str, Any]:
+    """A collection: dimension of `vector`, its index (None: none), is it in memory, how many rows."""
+    fields = {field["name"]: field for field in client.describe_collection(name)["fields"]}
+    index = None
+    for each in client.list_indexes(name, field_name="vector"):
+        index = {key: str(value) for key, value in (client.describe_index(name, each) or {}).items()}
+    return {
+        "dimension": (fields.get("vector") or {}).get("params", {}).get("dim"),
+        "index": index,
+        "loaded": str(getattr(client.get_load_state(name)["state"], "name", "")) == "Loaded",
+        "rows": int(client.get_collection_stats(name)["row_count"]),
+    }

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Makes on the guest what PyTorch jobs need; each part of the order is one that is missing."""
+
+import grp
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+ENVIRONMENT = "/opt/gpulab/environment"
+LABEL = "org.gpulab.service=pytorch"
+#: Run inside the image, as the user of the jobs. The index is the only one that pip asks.
+BUILD = """\
+set -e
+python3 -m venv --system-site-packages "$1"
+shift
+exec "$VIRTUAL_ENV/bin/python" -m pip install --isolated --no-cache-dir --disable-pip-version-check --require-hashes \
+    --requirement "$VIRTUAL_ENV/requirements.txt" "$@"
+"""
+
+
+def checked(*argv: str, quiet: bool = True) -> str:
+    done = subprocess.run(argv, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout or "").strip().splitlines()[-15:])
+        sys.exit(f"{' '.join(argv[:3])} ended with {done.returncode}\n{tail}")
+    return done.stdout or ""
+
+
+def folder(path: str, uid: int, gid: int, mode: int) -> None:
+    os.makedirs(path, exist_ok=True)
+    os.chown(path, uid, gid)
+    os.chmod(path, mode)
+
+
+def sandbox(order: dict[str, Any], place: str, network: str, *command: str, writable: bool = True) -> str:
+    """A command in a container of the image, with the environment where jobs have it; returns what it says."""
+    uid = order["uid"]
+    words = ["docker", "run", "--rm", "--user", f"{uid}:{uid}", "--read-only", "--tmpfs", "/tmp", "--network", network]
+    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--env", "HOME=/tmp"]
+    words += ["--env", f"VIRTUAL_ENV={ENVIRONMENT}", "--label", LABEL]
+    words += ["--mount", f"type=bind,source={place},target={ENVIRONMENT}" + ("" if writable else ",readonly")]
+    return checked(*words, order["image"], *command)
+
+
+def build(order: dict[str, Any], home: str) -> None:
+    """An environment under its name; a half-made one never has it."""
+    wanted = order["environment"]
+    target, new = f"{home}/environments/{wanted['name']}", f"{home}/environments/.new"
+    shutil.rmtree(new, ignore_errors=True)
+    folder(new, order["uid"], order["uid"], 0o755)
+    with open(f"{new}/requirements.txt", "w") as file:
+        file.write(wanted["requirements"])
+    options = []
+    if wanted["index"]:
+        options += ["--index-url", wanted["index"]]
+    if wanted["ca"]:
+        with open(f"{new}/index-ca.pem", "w") as file:
+            file.write(wanted["ca"])
+        options += ["--cert", f"{ENVIRONMENT}/index-ca.pem"]
+    sandbox(order, new, order["build_network"], "sh", "-c", BUILD, "sh", ENVIRONMENT, *options)
+    listing = [f"{ENVIRONMENT}/bin/python", "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    said = sandbox(order, new, "none", *listing, writable=False)
+    versions = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
+    described = {"image": order["image"], "versions": {item["name"]: item["version"] for item in versions}}
+    with open(f"{new}/gpulab.json", "w") as file:
+        json.dump(described, file, indent=2)
+    # Jobs run as the user who built it: they must not be able to change what the next one imports.
+    checked("chown", "-R", "0:0", new)
+    os.rename(new, target)
+
+
+def main() -> int:
+    order = json.loads(sys.argv[1])
+    home = f"{order['data']}/pytorch"
+    if not os.path.ismount(order["data"]):
+        sys.exit(f"{order['data']}: the data disk is not mounted")
+    for name in order["groups"]:
+        checked("groupadd", "--system", name)
+    for path in (home, f"{home}/environments", f"{home}/tenants", "/var/log/gpulab", "/var/log/gpulab/jobs"):
+        os.makedirs(path, exist_ok=True)
+    for name in order["folders"]:
+        tenant, gid = name.removeprefix("gpulab-"), grp.getgrnam(name).gr_gid
+        folder(f"{home}/tenants/{tenant}", order["uid"], gid, 0o2770)
+        folder(f"/var/log/gpulab/jobs/{tenant}", 0, gid, 0o2750)
+    if order["pull"]:
+        checked("docker", "pull", "--quiet", order["image"])
+    if order["network"]:
+        checked("docker", "network", "create", "--label", LABEL, order["network"])
+    if order["environment"]:
+        build(order, home)
+    if order["current"]:
+        link = f"{home}/environments/.current"
+        if os.path.lexists(link):
+            os.remove(link)
+        os.symlink(order["current"], link)
+        os.rename(link, f"{home}/environments/current")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""What breaks in a guest's services and their engine; `test_guest.py` runs these on its lab."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import inventory
+from rehearsal import host
+from tests.lab.clients import ollama_client
+from tests.lab.commands import INVENTORY, Deployed
+
+from .fault import GUEST, Act, Fault, R, S, Words, both, sh
+
+
+def ollama(**keys: Any) -> Words:
+    """Words of a deploy in which Ollama is declared otherwise."""
+    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
+    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
+
+
+def another_digest() -> Words:
+    image = inventory.load(INVENTORY).guests[GUEST].services.served()["ollama"].image
+    return ollama(image=re.sub("[0-9a-f]{64}$", "1" * 64, image))
+
+
+def runs(deployed: Deployed) -> None:
+    """What ran before the deploy that failed still runs."""
+    assert deployed.on(GUEST, "docker", "inspect", "--format", "{{.State.Status}}", "ollama").strip() == "running"
+
+
+def again(act: Act) -> Act:
+    """Do it, and wait until the engine itself has the service running again."""
+
+    def waited(deployed: Deployed) -> None:
+        act(deployed)
+        deadline = time.monotonic() + 30
+        while host.run(GUEST, ["docker", "exec", "ollama", "true"]).returncode != 0:
+            assert time.monotonic() < deadline, "ollama does not come back by itself"
+            time.sleep(0.5)
+
+    return waited
+
+
+WITHOUT_IMAGE = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
+docker rm --force ollama > /dev/null
+docker rmi --force "$image" > /dev/null"""
+#: Docker puts layers there before it unpacks them.
+FULL = """mkdir -p /var/lib/docker/tmp
+mount -t tmpfs -o size=64k full /var/lib/docker/tmp"""
+AWAY = "iptables -I OUTPUT -p tcp --dport 5000 -j REJECT --reject-with tcp-reset"
+NETWORK_GONE = """docker stop ollama > /dev/null
+docker network rm gpulab-ollama"""
+FOREIGN = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
+docker rm --force ollama > /dev/null
+docker create --name ollama "$image" > /dev/null"""
+
+
+def access(**keys: Any) -> Words:
+    """Words of a deploy in which `access` is otherwise."""
+    return ("--data", f"access={json.dumps(keys)}")
+
+
+class Load:
+    """Clients of Ollama with streamed answers; whatever they lose, the fault has lost."""
+
+    def begin(self, deployed: Deployed) -> None:
+        self.over, self.lost, self.done = threading.Event(), list[str](), 0
+        self.clients = [threading.Thread(target=self.ask) for _ in range(4)]
+        for each in self.clients:
+            each.start()
+
+    def ask(self) -> None:
+        with ollama_client("astro") as client:
+            # Below the pace that one tenant may have.
+            while not self.over.wait(0.5):
+                try:
+                    parts = list(client.generate(model="tiny", prompt="stars", stream=True, options={"num_predict": 8}))
+                    self.done += 1
+                    if not parts[-1].done:
+                        self.lost.append(f"{len(parts)} parts without an end")
+                except Exception as error:
+                    self.lost.append(repr(error))
+
+    def end(self, deployed: Deployed) -> None:
+        self.over.set()
+        for each in self.clients:
+            each.join()
+        assert self.lost == [] and self.done > 0, (self.lost[:3], self.done)
+
+
+load = Load()
+
+FAULTS = [
+    Fault("nginx stopped by hand", S, sh("systemctl stop nginx"), checks=("containers.access.nginx",)),
+    Fault(
+        "the proxy's key replaced by another",
+        S,
+        sh("openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out /etc/nginx/gpulab/server.key"),
+        checks=("containers.access.nginx",),
+    ),
+    Fault("the proxy reloaded under load", S, load.begin, words=lambda: access(burst=90), mend=load.end),
+    Fault(
+        "a file of somebody else's that nginx refuses",
+        R,
+        sh("echo 'nonsense on;' > /etc/nginx/conf.d/site.conf"),
+        says="nginx refuses the new files; the ones before stay, and nginx runs with them",
+        words=lambda: access(burst=80),
+        mend=sh("rm -f /etc/nginx/conf.d/site.conf"),
+    ),
+    Fault(
+        "a declaration with which Ollama does not start",
+        R,
+        runs,
+        says="The previous container runs again.",
+        words=lambda: ollama(environment={"PATH": "/nowhere"}),
+        mend=runs,
+    ),
+    Fault(
+        "the registry away while the image is needed",
+        R,
+        both(sh(WITHOUT_IMAGE), sh(AWAY)),
+        says="ollama: its registry does not answer",
+        mend=sh(AWAY.replace("-I", "-D")),
+    ),
+    Fault(
+        "a digest that the registry does not have",
+        R,
+        runs,
+        says="ollama: its registry has no such digest",
+        words=another_digest,
+        mend=runs,
+    ),
+    Fault(
+        "the disk full while an image is pulled",
+        R,
+        both(sh(WITHOUT_IMAGE), sh(FULL)),
+        says="ollama: the guest's disk is full",
+        mend=sh("umount /var/lib/docker/tmp"),
+    ),
+    Fault("the engine restarted", S, again(sh("systemctl restart docker"))),
+    Fault(
+        "the engine killed",
+        S,
+        again(sh("systemctl kill --signal=KILL docker")),
+    ),
+    Fault(
+        "a container's process killed",
+        S,
+        again(sh("kill -9 $(docker inspect --format '{{.State.Pid}}' ollama)")),
+    ),
+    Fault(
+        "a container stopped by docker kill",
+        S,
+        sh("docker kill ollama"),
+        checks=("containers.ollama.running",),
+    ),
+    Fault("a container's network removed", S, sh(NETWORK_GONE), checks=("containers.ollama.running",)),
+    Fault(
+        "somebody else's container of a service's name",
+        R,
+        sh(FOREIGN),
+        says="ollama: a container of that name is not gpulab's",
+        mend=sh("docker rm --force ollama"),
+    ),
+    Fault(
+        "the data disk taken away",
+        S,
+        sh("umount --lazy /srv/data"),
+        checks=("system.data_disk", "containers.ollama.running"),
+    ),
+]

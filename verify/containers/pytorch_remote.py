@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""Runs on the guest, as root, with the standard library alone: runs a job of a tenant's, and prints what it saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+PROGRAM = "/usr/local/bin/gpulab-run"
+#: What marks the job's own line among what torch and the image say.
+MARK = "gpulab-verify:"
+#: The exit status with which gpulab-run refuses.
+REFUSED = 2
+JOB = f"""
+import importlib.metadata, json, os, re
+import torch
+limit = "/sys/fs/cgroup/memory.max"
+status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
+def name(item):
+    return re.sub("[-_.]+", "-", item.metadata["Name"]).lower()
+
+try:
+    open("/gpulab-verify", "w")
+    writable = True
+except OSError:
+    writable = False
+print("{MARK}" + json.dumps({{
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "devices": torch.cuda.device_count() if torch.version.cuda else 0,
+    "versions": {{name(item): item.version for item in reversed(list(importlib.metadata.distributions()))}},
+    "uid": os.getuid(),
+    "capabilities": int(status["CapEff"], 16),
+    "no_new_privileges": status["NoNewPrivs"] == "1",
+    "root_writable": writable,
+    "environment": {{key: os.environ.get(key) for key in (
+        "GPULAB_TORCH_MEMORY_FRACTION", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+    )}},
+    "memory_max": open(limit).read().strip() if os.path.exists(limit) else "",
+}}), flush=True)
+"""
+
+
+def observe(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments`: `image` by digest, and the `tenant` that runs the job (None: nobody can)."""
+    words = ["docker", "image", "inspect", "--format", "{{json .RepoDigests}}\t{{json .Config.Labels}}"]
+    done = subprocess.run([*words, arguments["image"]], capture_output=True, text=True, check=False)
+    digests, labels = (json.loads(part) for part in done.stdout.split("\t")) if done.returncode == 0 else ([], {})
+    job: dict[str, Any] | None = None
+    if arguments["tenant"]:
+        job = run(arguments["tenant"])
+    simulated = ["pytorch"] if (labels or {}).get("org.gpulab.stand-in") else []
+    return {"digests": digests, "simulated": simulated, "job": job}
+
+
+def run(tenant: str) -> dict[str, Any]:
+    """The job's exit status, what it said of itself (None: nothing), and the end of all that was said."""
+    # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
+    words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", f"gpulab-verify-{os.getpid()}"]
+    try:
+        done = subprocess.run(
+            [*words, "--", "python3", "-c", JOB], capture_output=True, text=True, env=environment, check=False
+        )
+    except FileNotFoundError:
+        return {"status": 127, "saw": None, "said": f"{PROGRAM} is missing"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    saw = json.loads(lines[-1].removeprefix(MARK)) if lines else None
+    return {"status": done.returncode, "saw": saw, "said": (done.stdout + done.stderr)[-1000:]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(observe(json.loads(sys.argv[1]))))
