@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LAB ?= inventory/lab.py
 FAULTS ?= tests/faults tests/api
+GUEST_MARK ?= faults
+LAB_TESTS ?= tests/lab
 GUEST_FAULTS := tests/faults/test_guest.py tests/faults/test_services.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -37,10 +39,10 @@ test: lint ## lint, types and all fast tests
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
 	@rm -f reports/faults.txt
 	@pytest -q -n auto -m faults $(GUEST_FAULTS:%=--ignore %) $(FAULTS)
-	@pytest -q -m faults $(GUEST_FAULTS)
+	@pytest -q -m '$(GUEST_MARK)' $(GUEST_FAULTS)
 
 test-lab: setup ## break a rehearsal lab by hand, see verify fail and a deploy heal it (root)
-	pytest -q -m lab tests/lab
+	pytest -q -m lab $(LAB_TESTS)
 
 test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initramfs, reboots and races
 	@python -m rehearsal packages --kernel

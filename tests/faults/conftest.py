@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rehearsal.pve.testing import FakeLab
+from tests.lab.commands import Deployed, deployed_lab
 
 from . import table
 from .world import World
@@ -33,6 +34,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield world
         world.end()
         world.server.stop()
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """One node and one guest, up and converged. Each fault leaves them so."""
+    with deployed_lab(tmp_path_factory.mktemp("reports")) as hosts:
+        yield hosts
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import inventory
 from rehearsal import host, paths
-from tests.lab.commands import INVENTORY, Deployed, deployed_lab
+from tests.lab.commands import INVENTORY, Deployed
 
 from . import services, table
 from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
@@ -31,13 +31,6 @@ from .table import Row, Verdict
 CARD = "/var/lib/lab-hardware/nvml.conf"
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """One node and one guest, up and converged."""
-    with deployed_lab(tmp_path_factory.mktemp("reports")) as hosts:
-        yield hosts
 
 
 def nvidia(**keys: object) -> Words:
@@ -58,7 +51,8 @@ BROKEN_MODEL = {"name": "own", "gguf": "/srv/data/broken.gguf", "gguf_sha256": h
 
 
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --allow-change-held-packages --allow-downgrades"
-REMOVE_TOOLKIT = f"{APT} remove nvidia-container-toolkit"
+TOOLKIT = "nvidia-container-toolkit"
+REMOVE_TOOLKIT = f"{APT} remove {TOOLKIT}"
 #: Both versions are in the repository; the pin allows them, and the guest has the newer one.
 OLDER = "580.95.05-1"
 OLDER_LIBRARIES = " ".join(f"{name}={OLDER}" for name in ("libcuda1", "libnvidia-ml1"))
@@ -71,13 +65,27 @@ def upgraded_by_hand(deployed: Deployed) -> None:
     deployed.on(GUEST, "sh", "-ec", f"{APT} install {packages} {OLDER_LIBRARIES}")
 
 
+UNPACKING = "/run/unpacking"
+#: dpkg tells it each state of each package at once. It halts both as soon as the toolkit is being unpacked.
+HALT = f"""while read -r line; do case "$line" in "status: {TOOLKIT}"[:\\ ]*half-installed*)
+pkill -STOP -x apt-get; pkill -STOP -x dpkg; touch {UNPACKING};; esac; done"""
+LOGGER, LOGGED = "/root/halt", "/etc/dpkg/dpkg.cfg.d/halt"
+
+
 def killed_installing(deployed: Deployed) -> None:
     """The run, apt and dpkg killed in the middle of unpacking."""
     deployed.on(GUEST, "sh", "-ec", REMOVE_TOOLKIT)
-    # Not the dpkg of apt-mark. The brackets keep this command from finding itself.
-    watch = "until pgrep -f 'dpkg .*[-]-unpack' > /dev/null; do sleep 0.01; done; pkill -9 -x apt-get; pkill -9 -x dpkg"
-    deployed.on(GUEST, "systemd-run", "--quiet", "--collect", "sh", "-c", watch)
-    deployed.killed(12.0, "deploy.py", "-y", "--limit", GUEST)
+    write = 'printf \'%s\\n\' "$1" > "$2"'
+    for text, path in ((HALT, LOGGER), (f"status-logger=sh {LOGGER}", LOGGED)):
+        deployed.on(GUEST, "sh", "-ec", write, "write", text, path)
+    unpacking = lambda: host.run(GUEST, ["test", "-e", UNPACKING]).returncode == 0  # noqa: E731
+    deployed.killed_when(unpacking, "deploy.py", "-y", "--limit", GUEST)
+    deployed.on(
+        GUEST, "sh", "-ec", f"rm {UNPACKING} {LOGGER} {LOGGED}; pkill -KILL -x apt-get; pkill -KILL -x dpkg || true"
+    )
+    state = deployed.on(GUEST, "dpkg-query", "--show", "--showformat=${db:Status-Status}", TOOLKIT)
+    assert state in ("half-installed", "unpacked")
+    assert TOOLKIT in host.run(GUEST, ["dpkg", "--audit"]).stdout
 
 
 def wait_for_mps(deployed: Deployed) -> None:
@@ -265,8 +273,32 @@ FAULTS = [
     *services.FAULTS,
 ]
 
+#: One of each kind: package, module, repository, card, VM, settings, disk, model, kill, container, image, engine.
+TYPICAL = {
+    "another version under the loaded driver",
+    "a module that DKMS can't build",
+    "the repository's key expired",
+    "the GPU fallen off the bus",
+    "the VM started without its GPU",
+    "daemon.json broken by hand",
+    "the disk full",
+    "a broken GGUF",
+    "killed in the middle of an installation",
+    "a declaration with which Ollama does not start",
+    "a digest that the registry does not have",
+    "the engine killed",
+    "a container's network removed",
+    "the data disk taken away",
+}
+assert {fault.injected for fault in FAULTS} >= TYPICAL
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.injected.replace(" ", "-"))
+
+def marked(fault: Fault) -> Any:
+    marks = [pytest.mark.typical] if fault.injected in TYPICAL else []
+    return pytest.param(fault, id=fault.injected.replace(" ", "-"), marks=marks)
+
+
+@pytest.mark.parametrize("fault", [marked(fault) for fault in FAULTS])
 def test_guest_fault(deployed: Deployed, fault: Fault) -> None:
     seen = ""
     fault.inject(deployed)

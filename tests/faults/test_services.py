@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from rehearsal import host
-from tests.lab.commands import Deployed, deployed_lab
+from tests.lab.commands import Deployed
 
 from . import healing, table
 from .healing import GUEST, Healed
@@ -22,12 +21,9 @@ from .table import Row, Verdict
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
 
 
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """One node and one guest, up and converged."""
-    with deployed_lab(tmp_path_factory.mktemp("reports")) as hosts:
-        healing.until("the first look", healing.well)
-        yield hosts
+@pytest.fixture(scope="module", autouse=True)
+def looked_at(deployed: Deployed) -> None:
+    healing.until("the first look", healing.well)
 
 
 def told(injected: str, message: str) -> None:
@@ -67,6 +63,7 @@ def test_service_that_was_stopped_by_hand_stays_down(deployed: Deployed) -> None
     told("a service stopped by hand", "stopped by hand: `docker start` or a deploy starts it again")
 
 
+@pytest.mark.typical
 def test_third_failure_ends_the_healing_and_raises_the_alarm(deployed: Deployed) -> None:
     healing.lose_until_alarm(deployed)
 
@@ -102,6 +99,7 @@ def test_reset_by_hand_ends_the_alarm(deployed: Deployed) -> None:
     told("an alarm, mended and reset by hand", healing.looks()["services"]["ollama"])
 
 
+@pytest.mark.typical
 def test_guest_that_lost_its_gpu_restarts_nothing(deployed: Deployed) -> None:
     started = deployed.on(GUEST, "docker", "inspect", "--format", "{{.State.StartedAt}}", "ollama")
     deployed.on(GUEST, "sh", "-ec", f"echo lost=1 > {healing.CARD}")

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Deployed:
 
     def killed(self, seconds: float, *words: str) -> None:
         """The same, killed with all its processes after so many seconds."""
+        end = time.monotonic() + seconds
+        self.killed_when(lambda: time.monotonic() >= end, *words)
+
+    def killed_when(self, happened: Callable[[], bool], *words: str) -> None:
+        """The same, killed as soon as something has happened, which it must within five minutes."""
         command = [program("pyinfra"), INVENTORY, *words]
         process = subprocess.Popen(
             command,
@@ -51,9 +57,16 @@ class Deployed:
             start_new_session=True,
             env={**os.environ, "GPULAB_RUNS": str(self.reports / "runs")},
         )
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        deadline = time.monotonic() + 300
+        try:
+            while not happened():
+                assert time.monotonic() < deadline, f"never happened: {' '.join(command)}"
+                time.sleep(0.05)
+        finally:
+            # A run that has ended before its time is nobody's group any more.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def deploy(self, *words: str) -> Outcome:
         return self.pyinfra("deploy.py", "-y", *words)

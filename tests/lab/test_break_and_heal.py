@@ -151,7 +151,7 @@ def test_guest_comes_back_whole_from_a_reboot(deployed: Any) -> None:
     assert deployed.on("gpu01", "cat", "/proc/sys/kernel/random/boot_id") != before
 
 
-def test_broken_node_stops_only_its_own_guest(deployed: Any) -> None:
+def test_broken_node_stops_only_its_own_guest(deployed: Any, spoilt: None) -> None:
     """Last of this file: the second node does not come back."""
     host.stop("pve2", 10)
 

@@ -35,13 +35,19 @@ def make(folder: str, requirements: str, index: str, ca: str) -> str:
             bundle = os.path.join(scratch, "ca.pem")
             with open(bundle, "w") as file:
                 file.write(ca)
-            words += ["--cert", bundle]
+            words += ["--cert", bundle, *without_truststore(folder)]
         status, output, error = run(os.path.join(folder, "bin/python"), "-m", "pip", *words, timeout=900)
     if status != 0:
         return (error or output).strip()
     with open(os.path.join(folder, "requirements.txt"), "w") as file:
         file.write(requirements)
     return ""
+
+
+def without_truststore(folder: str) -> list[str]:
+    """pip checks certificates by a library that knows no server by its address alone; older ones have none of it."""
+    version = run(os.path.join(folder, "bin/python"), "-c", "import pip; print(pip.__version__)")[1].split(".")
+    return ["--use-deprecated", "legacy-certs"] if tuple(map(int, version[:2])) >= (24, 2) else []
 
 
 def main() -> int:
