@@ -104,6 +104,11 @@ def token(service: str, tenant: str) -> str:
     return f"token.{service}.{tenant}" if service in BY_TOKEN else f"{service}.{tenant}"
 
 
+def milvus_login(tenant: str, password: str) -> str:
+    """What a tenant shows to Milvus, whose user names have no hyphen."""
+    return f"{tenant.replace('-', '_')}:{password}"
+
+
 def tenants_of(guest: Guest, service: str) -> list[str]:
     """Who may use a service."""
     return [tenant.name for tenant in guest.tenants if tenant.may_use(service)]

@@ -13,7 +13,7 @@ from pyinfra.api.exceptions import PyinfraError
 
 import inventory
 from inventory import GpulabError, Guest, Lab
-from inventory.access import BY_TOKEN, tenants_of, token
+from inventory.access import BY_TOKEN, milvus_login, tenants_of, token
 from inventory.secrets import Secrets
 
 
@@ -61,7 +61,7 @@ def lines(lab: Lab, guest: Guest, tenant: str) -> list[str]:
                 f"{tenant} has no token of {service} on {guest.name} yet",
                 resolution=f"pyinfra INVENTORY deploy.py --limit {guest.name}",
             )
-        shown = secret if service in BY_TOKEN else f"{tenant}:{secret}"
+        shown = secret if service in BY_TOKEN else milvus_login(tenant, secret)
         found.append(f"{service}\thttps://{guest.address.ip}:{each.port}\t{shown}")
     if guest.access.certificate is None:
         found.append(f"ca\t{guest.services_ca}")

@@ -22,7 +22,7 @@ from cryptography import x509
 from pyinfra.api import StringCommand
 
 from inventory import GpulabError, Guest, Lab
-from inventory.access import BY_TOKEN, tenants_of, token
+from inventory.access import BY_TOKEN, milvus_login, tenants_of, token
 from inventory.secrets import Secrets, previous_of
 from operations import apt, step
 from operations.containers.authority import Authority, Pair
@@ -179,7 +179,7 @@ def headers_of(service: str, tenants: Mapping[str, Sequence[str]]) -> list[tuple
             if service in BY_TOKEN:
                 found.append((f"^(?i:bearer) {_escaped(value)}$", tenant))
                 continue
-            login = f"{tenant}:{value}"
+            login = milvus_login(tenant, value)
             found.append((f"^{_escaped(base64.b64encode(login.encode()).decode())}$", tenant))
             found.append((f"^(?i:bearer) {_escaped(login)}$", tenant))
     return found

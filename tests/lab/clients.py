@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import httpx
 import ollama
 import openai
+from pymilvus import MilvusClient
 
 import inventory
 from inventory import Guest
@@ -59,9 +60,19 @@ def openai_client(value: str) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"{url_of()}/v1", api_key=value, http_client=http, max_retries=0)
 
 
-def curl(path: str, value: str | None = None, *words: str) -> tuple[int, str]:
+@contextmanager
+def milvus_client(token: str, database: str) -> Iterator[MilvusClient]:
+    """pymilvus, with `user:password` as its token."""
+    client = MilvusClient(uri=url_of("milvus"), token=token, db_name=database, server_pem_path=ca(), timeout=20)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def curl(path: str, value: str | None = None, *words: str, service: str = "ollama") -> tuple[int, str]:
     """HTTP status and body. The token goes over stdin: other users of a machine see each other's command lines."""
-    settings = f'url = "{url_of()}{path}"\n'
+    settings = f'url = "{url_of(service)}{path}"\n'
     settings += f'header = "Authorization: Bearer {value}"\n' if value else ""
     command = ["curl", "--silent", "--config", "-", "--cacert", ca(), "--write-out", "\n%{http_code}", *words]
     done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=60)

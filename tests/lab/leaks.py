@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import inventory
+from inventory.access import milvus_login
 from inventory.secrets import Secrets
 from rehearsal import host
 from tests.lab.commands import INVENTORY, Deployed
@@ -37,8 +38,7 @@ def secrets_of(lab: str = INVENTORY) -> dict[str, str]:
             for name, value in names.items():
                 found[f"{cluster} {owner} {name}"] = value
                 if name.startswith("milvus."):
-                    user = name.split(".")[1]
-                    login = base64.b64encode(f"{user}:{value}".encode()).decode()
+                    login = base64.b64encode(milvus_login(name.split(".")[1], value).encode()).decode()
                     found[f"{cluster} {owner} {name}, as pymilvus sends it"] = login
     for key in sorted((state / "ca/services").glob("*.key")):
         found[f"key {key.name}"] = key.read_text().splitlines()[1]

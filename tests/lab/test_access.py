@@ -13,11 +13,12 @@ import httpx
 import ollama
 import openai
 import pytest
+from pymilvus import MilvusException
 
 import inventory
 from inventory.secrets import Secrets
 from rehearsal import host
-from tests.lab.clients import ca, curl, ollama_client, openai_client, token_of, url_of
+from tests.lab.clients import ca, curl, milvus_client, ollama_client, openai_client, token_of, url_of
 from tests.lab.commands import INVENTORY
 from tests.lab.leaks import leaks, places_of, secrets_of, watched_processes
 
@@ -70,6 +71,27 @@ def test_openais_client_uses_the_token_as_its_key(deployed: Any) -> None:
         assert len(list(client.chat.completions.create(**question, stream=True))) > 1
     with openai_client(STRANGER) as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
+
+
+def test_pymilvus_reaches_its_own_database_over_tls(deployed: Any) -> None:
+    astro, ml = (f"{tenant}:{token_of(tenant, 'milvus')}" for tenant in ("astro", "ml"))
+    with milvus_client(astro, "astro") as client:
+        client.list_collections()
+    lines = [line for line in log(deployed) if line["service"] == "milvus"]
+    assert lines[-1]["tenant"] == "astro" and lines[-1]["path"].startswith("/milvus.proto.milvus.MilvusService/")
+    with pytest.raises(MilvusException), milvus_client(ml, "astro") as client:
+        client.list_collections()
+    for wrong in (f"astro:{STRANGER}", f"astro:{ml.partition(':')[2]}", ""):
+        with pytest.raises(MilvusException), milvus_client(wrong, "astro") as client:
+            client.list_collections()
+
+
+def test_milvus_rest_goes_through_the_same_port(deployed: Any) -> None:
+    path = "/v1/vector/collections?dbName=astro"
+    login = f"astro:{token_of('astro', 'milvus')}"
+    status, body = curl(path, login, service="milvus")
+    assert (status, json.loads(body)["code"]) == (200, 200), body
+    assert json.loads(curl(path, f"astro:{STRANGER}", service="milvus")[1])["code"] != 200
 
 
 def test_each_tenant_is_who_its_token_says(deployed: Any) -> None:
