@@ -226,4 +226,6 @@ with run.of_host() as part:
             gpu=guest.gpu is not None,
             services=containers.watched(guest.services, guest.gpu is not None),
         )
+        # Behind the services: nobody is let in to what is not there yet.
+        containers.proxy(name="Let the tenants reach the services", wanted=containers.proxy_of(part.lab, guest))
         run.services_settled(name="Check that every service took its declaration")

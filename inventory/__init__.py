@@ -16,7 +16,7 @@ import click
 from pydantic import ValidationError
 from pyinfra.api.exceptions import PyinfraError
 
-from inventory import budgets, services
+from inventory import access, budgets, services
 from inventory.errors import GpulabError, InventoryError
 from inventory.gpu import tenant_problems
 from inventory.resolve import CliError, UnexpectedExternalError, parse_cli_arg, resolve
@@ -32,10 +32,11 @@ MODELS: dict[str, type[Node] | type[Guest]] = {"nodes": Node, "guests": Guest}
 RUN_WORDS = {
     **dict.fromkeys(("rollback", "destroy", "confirm", "take_over"), "rebuild.py"),
     **dict.fromkeys(("archive", "fresh", "keep"), "restore.py"),
+    **dict.fromkeys(("tenant", "service", "keep_previous"), "rotate.py"),
 }
 #: Of a host's own keys those that mean something to one program alone.
 _OF_ONE_PROGRAM = {"keep_old": "rebuild.py"}
-PROGRAMS = ("deploy.py", "rebuild.py", "restore.py")
+PROGRAMS = ("deploy.py", "rebuild.py", "restore.py", "rotate.py")
 
 _of_run: WeakKeyDictionary[State, Lab] = WeakKeyDictionary()
 
@@ -226,6 +227,7 @@ def _check_lab(nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[s
             guest.registry_certificates()
         except OSError as error:
             problems.append(f"{guest.name}: registry_ca: {error.filename}: {error.strerror}; expected a PEM file")
+        problems += [f"{guest.name}: {problem}" for problem in access.problems(guest)]
         problems += _check_gpu(node, guest)
         problems += _check_spare(node, guest, nodes, guests)
         problems += _check_keeper(node, guest, nodes, guests)

@@ -600,6 +600,11 @@ class Guest(SshHost):
         return found
 
     @property
+    def services_ca(self) -> Path:
+        """The certificate of the lab's own CA, with which users check the services' proxy."""
+        return self.state / "ca/services/ca.pem"
+
+    @property
     def packages(self) -> Distribution:
         return DISTRIBUTIONS[self.distribution].of_branch(self.nvidia.branch)
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,9 +48,42 @@ class Secrets:
                 self._put(cluster, name, found, host)
         return found
 
+    def rotate(self, cluster: str, name: str, host: str = CLUSTER) -> bool:
+        """Store a new random secret and keep the one before it as `NAME.previous`, in one step.
+
+        False, and nothing is stored: there is a previous one already, of a rotation that has not ended.
+
+        Raises:
+            GpulabError: the environment overrides the secret, so what is stored would not be used.
+        """
+        if (word := variable(cluster, name, host)) in os.environ:
+            raise GpulabError(
+                f"{name} of {host} is set by the environment variable {word}",
+                resolution="change it there, or unset it and deploy: a stored one takes its place",
+            )
+        with self._locked():
+            names = self._read().get(cluster, {}).get(host, {})
+            if previous_of(name) in names:
+                return False
+            new = {name: secrets.token_urlsafe(32)}
+            self._update(cluster, host, new | ({previous_of(name): names[name]} if name in names else {}))
+        return True
+
+    def drop(self, cluster: str, name: str, host: str = CLUSTER) -> None:
+        """Forget a secret."""
+        with self._locked():
+            self._update(cluster, host, {name: None})
+
     def _put(self, cluster: str, name: str, value: str, host: str) -> None:
+        self._update(cluster, host, {name: value})
+
+    def _update(self, cluster: str, host: str, values: Mapping[str, str | None]) -> None:
+        """Put in some values of a host, and take out those that are None."""
         content = self._read()
-        content.setdefault(cluster, {}).setdefault(host, {})[name] = value
+        kept = content.setdefault(cluster, {}).setdefault(host, {})
+        kept.update({name: value for name, value in values.items() if value is not None})
+        for name in values.keys() - {name for name, value in values.items() if value is not None}:
+            kept.pop(name, None)
         temporary = self.path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w") as file:
@@ -86,6 +119,11 @@ class Secrets:
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def previous_of(name: str) -> str:
+    """Under which name the secret before a rotation is kept, until its successor has answered."""
+    return f"{name}.previous"
 
 
 def variable(cluster: str, name: str, host: str = CLUSTER) -> str:

@@ -27,7 +27,7 @@ from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Ver
 ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
 ROOM = Path(__file__).parent
 #: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
-PARTS = ("service", "share")
+PARTS = ("service", "by_token", "share")
 
 LAB = pytest.StashKey[Lab]()
 CHOSEN = pytest.StashKey[Collection[str]]()
@@ -346,6 +346,7 @@ containers = observation("containers")
 pytorch = observation("pytorch")
 ollama_load = observation("ollama_load")
 ports = observation("ports")
+access = observation("access")
 daemon_reload = observation("daemon_reload")
 engine_restart = observation("engine_restart")
 api = observation("api")

@@ -15,6 +15,7 @@ from inventory import Guest, Lab, Node, sharing
 from inventory.packages import TOOLKIT
 from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
+from verify.containers import access
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
 
@@ -29,6 +30,7 @@ SUBJECTS = (
     "pytorch",
     "ollama_load",
     "ports",
+    "access",
     "daemon_reload",
     "engine_restart",
     "api",
@@ -66,6 +68,7 @@ class Readers:
             "pytorch": self._pytorch,
             "ollama_load": self._ollama_load,
             "ports": self._ports,
+            "access": self._access,
             "daemon_reload": lambda guest: self._disturb(guest, "daemon-reload"),
             "engine_restart": lambda guest: self._disturb(guest, "engine-restart"),
             "api": lambda node: self._api(node).read_node(),
@@ -180,14 +183,17 @@ class Readers:
 
     def _ports(self, guest: Guest) -> dict[str, Any]:
         """Which of its services' ports the control machine can open on the guest's address."""
-        found = {}
-        for port in [port for each in guest.services.served().values() for port in each.ports()]:
-            try:
-                with socket.create_connection((guest.ssh_hostname, port), timeout=PORT_S):
-                    found[str(port)] = True
-            except OSError:
-                found[str(port)] = False
-        return found
+        ports = [port for each in guest.services.served().values() for port in each.ports()]
+        return {str(port): opens(guest.ssh_hostname, port) for port in ports}
+
+    def _access(self, guest: Guest) -> dict[str, Any]:
+        """What callers on the network get, then what the guest has of it, and which of its listeners are reached."""
+        services = access.observe(self._lab, guest)
+        arguments = {"folder": access.FOLDER, "log": access.LOG, "requests": list(access.requests_of(services))}
+        on_guest = self._connection(guest).read(ROOM / "containers/access_remote.py", arguments)
+        listeners = {each["port"]: each for each in on_guest["listens"]}
+        reached = [each for port, each in listeners.items() if opens(str(guest.address.ip), port)]
+        return {"services": services, "guest": on_guest, "open": reached}
 
     def _disturb(self, guest: Guest, disturbance: str) -> dict[str, Any]:
         """A GPU container of verify's own, as the user that the sharing mode asks for."""
@@ -198,6 +204,15 @@ class Readers:
             "user": sharing.client(guest).user,
         }
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
+
+
+def opens(address: str, port: int) -> bool:
+    """Can the control machine open a TCP connection there?"""
+    try:
+        with socket.create_connection((address, port), timeout=PORT_S):
+            return True
+    except OSError:
+        return False
 
 
 def shown(service: Service) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from inventory import Lab
+from inventory.access import BY_TOKEN
 from inventory.budgets import budgets
 
 
@@ -33,9 +34,9 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 
     `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `mps` those of them that
     share it with MPS and `no_mps` the others, `ollama` and `pytorch` those that run it, `backups` those with
-    declared backups, `services` those that serve any, `healing` those of them that look after them, `docker` those
-    with a GPU and Docker, `gpu_containers` those on which verify can start a container with the GPU: with Ollama's
-    image, or with Podman, which needs none.
+    declared backups, `services` those that serve any, `access` those whose proxy lets tenants in to one, `healing`
+    those of them that look after them, `docker` those with a GPU and Docker, `gpu_containers` those on which verify
+    can start a container with the GPU: with Ollama's image, or with Podman, which needs none.
     """
     guests = [guest for guest in lab.guests.values() if guest.name in chosen]
     match kind:
@@ -58,6 +59,8 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests if guest.services.pytorch is not None]
         case "services":
             return [guest.name for guest in guests if guest.services.served()]
+        case "access":
+            return [guest.name for guest in guests if guest.access is not None and guest.services.served()]
         case "healing":
             return [guest.name for guest in guests if guest.services.served() and guest.healing is not None]
         case "docker":
@@ -69,10 +72,12 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 
 
 def parts_of(lab: Lab, host: str, part: str) -> list[str]:
-    """What a check that is made once for each part of a guest is about: its served services (`service`), or everyone
-    who has a share of its card (`share`), as a check's id names it.
+    """What a check that is made once for each part of a guest is about: its served services (`service`), those of them
+    that ask for a token (`by_token`), or everyone who has a share of its card (`share`), as a check's id names it.
     """
     guest = lab.guests[host]
     if part == "service":
         return list(guest.services.served())
+    if part == "by_token":
+        return [name for name in guest.services.served() if name in BY_TOKEN]
     return [budget.key.removeprefix("services.") for budget in budgets(guest)]

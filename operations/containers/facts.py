@@ -33,6 +33,23 @@ class EngineFacts(JsonFact):
         )
 
 
+class ProxyFacts(JsonFact):
+    """nginx, its unit and our files in it, of the secret ones their digests only: see `remote/proxy_state.py`."""
+
+    script = program(__file__, "proxy_state")
+
+    def command(
+        self, package_names: Sequence[str], shown: Sequence[str], secret: Sequence[str], folder: str, socket_path: str
+    ) -> StringCommand:
+        return super().command(
+            package_names=list(package_names),
+            shown=list(shown),
+            secret=list(secret),
+            folder=folder,
+            socket_path=socket_path,
+        )
+
+
 class HealingFacts(JsonFact):
     """What looks after the services, and its alarms: see `remote/healing.py`."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from typing import Any
 
 import inventory
 from rehearsal import host
+from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed
 
 from .fault import GUEST, Act, Fault, R, S, Words, both, sh
@@ -57,7 +59,59 @@ FOREIGN = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
 docker rm --force ollama > /dev/null
 docker create --name ollama "$image" > /dev/null"""
 
+
+def access(**keys: Any) -> Words:
+    """Words of a deploy in which `access` is otherwise."""
+    return ("--data", f"access={json.dumps(keys)}")
+
+
+class Load:
+    """Clients of Ollama with streamed answers; whatever they lose, the fault has lost."""
+
+    def begin(self, deployed: Deployed) -> None:
+        self.over, self.lost, self.done = threading.Event(), list[str](), 0
+        self.clients = [threading.Thread(target=self.ask) for _ in range(4)]
+        for each in self.clients:
+            each.start()
+
+    def ask(self) -> None:
+        with ollama_client("astro") as client:
+            # Below the pace that one tenant may have.
+            while not self.over.wait(0.5):
+                try:
+                    parts = list(client.generate(model="tiny", prompt="stars", stream=True, options={"num_predict": 8}))
+                    self.done += 1
+                    if not parts[-1].done:
+                        self.lost.append(f"{len(parts)} parts without an end")
+                except Exception as error:
+                    self.lost.append(repr(error))
+
+    def end(self, deployed: Deployed) -> None:
+        self.over.set()
+        for each in self.clients:
+            each.join()
+        assert self.lost == [] and self.done > 0, (self.lost[:3], self.done)
+
+
+load = Load()
+
 FAULTS = [
+    Fault("nginx stopped by hand", S, sh("systemctl stop nginx"), checks=("containers.access.nginx",)),
+    Fault(
+        "the proxy's key replaced by another",
+        S,
+        sh("openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out /etc/nginx/gpulab/server.key"),
+        checks=("containers.access.nginx",),
+    ),
+    Fault("the proxy reloaded under load", S, load.begin, words=lambda: access(burst=90), mend=load.end),
+    Fault(
+        "a file of somebody else's that nginx refuses",
+        R,
+        sh("echo 'nonsense on;' > /etc/nginx/conf.d/site.conf"),
+        says="nginx refuses the new files; the ones before stay, and nginx runs with them",
+        words=lambda: access(burst=80),
+        mend=sh("rm -f /etc/nginx/conf.d/site.conf"),
+    ),
     Fault(
         "a declaration with which Ollama does not start",
         R,

@@ -368,6 +368,7 @@ def healthy() -> dict[str, Any]:
                 "milvus": served("milvusdb/milvus", "/srv/data/milvus", 19530, 9091),
             },
         },
+        "access": reached(),
         "pytorch": {"digests": [f"pytorch/pytorch@{DIGEST}"], "simulated": [], "job": torch_job()},
         "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
@@ -458,6 +459,49 @@ def served(image: str, folder: str, *ports: int, memory_mib: int | None = None) 
         },
         "nvidia_smi": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)",
         "gpus": ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"],
+    }
+
+
+def let_in(status: int = 200, **keys: Any) -> dict[str, Any]:
+    """What a caller got from the proxy."""
+    challenge = 'Bearer realm="ollama"' if status == 401 else None
+    return {"status": status, "error": "", "challenge": challenge, "request": None, **keys}
+
+
+def reached() -> dict[str, Any]:
+    """The proxy as the control machine and the guest see it."""
+    tls = {"error": "", "protocol": "TLSv1.3", "days": 396.9}
+    answers = {
+        "strangers": {"nobody": let_in(401), "a stranger": let_in(401), "astro with its secret of milvus": let_in(401)},
+        "tenants": {"astro": let_in(request="r1"), "ml": let_in(request="r2")},
+        "managing": let_in(403),
+    }
+    line = {"time": "2026-11-29T04:00:00+00:00", "service": "ollama", "method": "GET", "path": "/api/version"}
+    line |= {"status": 200, "bytes": 300, "seconds": 0.001, "client": "192.0.2.9"}
+    listens = [
+        {"address": "0.0.0.0", "port": 22, "program": "sshd"},
+        {"address": "192.0.2.101", "port": 11434, "program": "nginx"},
+        {"address": "192.0.2.101", "port": 19530, "program": "nginx"},
+    ]
+    return {
+        "services": {"ollama": {"tls": dict(tls), "answers": answers}, "milvus": {"tls": dict(tls)}},
+        "guest": {
+            "active": "active",
+            "enabled": "enabled",
+            "refused": "",
+            "files": {
+                "/etc/nginx/gpulab": {"mode": 0o700, "uid": 0, "folder": True},
+                "/etc/nginx/gpulab/server.pem": {"mode": 0o644, "uid": 0, "folder": False},
+                "/etc/nginx/gpulab/server.key": {"mode": 0o600, "uid": 0, "folder": False},
+            },
+            "log": {
+                "mode": 0o640,
+                "broken": 0,
+                "lines": [{**line, "tenant": "astro", "request": "r1"}, {**line, "tenant": "ml", "request": "r2"}],
+            },
+            "listens": listens,
+        },
+        "open": copy.deepcopy(listens),
     }
 
 

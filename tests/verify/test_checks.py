@@ -24,6 +24,7 @@ from tests.verify.healthy import (
     function,
     healthy,
     lab_file,
+    let_in,
     profile,
     ps_entry,
     specification,
@@ -114,6 +115,10 @@ EACH_SERVICE: list[tuple[str, str, Any]] = [
     ("hardening", "privileges.ipc", "own"),
     ("hardening", "privileges.networks", ["bridge", "gpulab-ollama"]),
 ]
+STRANGERS = "access.services.ollama.answers.strangers"
+TENANTS = "access.services.ollama.answers.tenants"
+TOKENS = {f"containers.ollama.{name}" for name in ["token.required", "token.accepted", "managing"]}
+DOOR = TOKENS | {"containers.ollama.tls", "containers.milvus.tls"}
 
 CASES: list[Case] = [
     ("hypervisor.reachable", "reach", {"error": "pve1: no SSH", "fix": "look"}, set()),
@@ -388,6 +393,33 @@ CASES: list[Case] = [
         {"error": "Connection refused"},
         {"containers.ollama.gpu", *OF_LOADED},
     ),
+    ("containers.access.nginx", "access.guest.active", "failed", DOOR),
+    ("containers.access.nginx", "access.guest.enabled", "disabled", set()),
+    ("containers.access.nginx", "access.guest.refused", "key values mismatch", set()),
+    ("containers.ollama.tls", "access.services.ollama.tls.error", "certificate has expired", TOKENS),
+    ("containers.ollama.tls", "access.services.ollama.tls.days", 29.5, set()),
+    ("containers.ollama.tls", "access.services.ollama.tls.protocol", "TLSv1.1", set()),
+    ("containers.milvus.tls", "access.services.milvus.tls.error", "Connection refused", set()),
+    ("containers.ollama.token.required", f"{STRANGERS}.nobody", let_in(), set()),
+    ("containers.ollama.token.required", f"{STRANGERS}.a stranger", let_in(), set()),
+    ("containers.ollama.token.required", f"{STRANGERS}.astro with its secret of milvus", let_in(404), set()),
+    ("containers.ollama.token.required", f"{STRANGERS}.nobody", let_in(401, challenge=None), set()),
+    ("containers.ollama.token.required", f"{STRANGERS}.nobody", let_in(0, error="timed out"), set()),
+    ("containers.ollama.token.accepted", f"{TENANTS}.ml", None, set()),
+    ("containers.ollama.token.accepted", f"{TENANTS}.ml", let_in(401), set()),
+    ("containers.ollama.token.accepted", f"{TENANTS}.ml", let_in(502), set()),
+    ("containers.ollama.managing", "access.services.ollama.answers.managing", let_in(400), set()),
+    ("containers.access.ports", "access.open", [{"address": "0.0.0.0", "port": 80, "program": "nginx"}], set()),
+    ("containers.access.log", "access.guest.log.lines", [], set()),
+    ("containers.access.log", "access.guest.log.lines.0.tenant", "", set()),
+    ("containers.access.log", "access.guest.log.lines", [{"request": "r1", "tenant": "astro"}], set()),
+    ("containers.access.log", "access.guest.log.broken", 3, set()),
+    ("containers.access.log", "access.guest.log.mode", None, set()),
+    ("containers.access.log", "access.guest.log.mode", 0o644, set()),
+    ("containers.access.secrets", "access.guest.files", {}, set()),
+    ("containers.access.secrets", "access.guest.files./etc/nginx/gpulab.mode", 0o755, set()),
+    ("containers.access.secrets", "access.guest.files./etc/nginx/gpulab/server~key.mode", 0o644, set()),
+    ("containers.access.secrets", "access.guest.files./etc/nginx/gpulab/server~key.uid", 33, set()),
     ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": []}}, set()),
     ("containers.ollama.models", f"{SERVICES}.ollama.tags", {"json": {"models": tags(64 * "0")}}, set()),
     ("containers.ollama.models", f"{SERVICES}.ollama.show own", {"json": {"modelfile": "FROM tiny\n"}}, set()),
