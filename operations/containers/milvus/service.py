@@ -138,8 +138,6 @@ def milvus_spec(
         user=client.user or "0:0",
         ipc=client.ipc,
         memory_mib=service.host_memory_mib,
-        # Segments are files, and each query holds some of them open.
-        ulimits={"nofile": 65536},
         # YAML that is JSON.
         secrets={CONFIG: json.dumps(settings(service, passwords.storage), indent=2) + "\n"},
         secrets_key=passwords.key,
