@@ -188,7 +188,7 @@ def described(client: Any, collection: str) -> dict[str, Any]:
         field = {
             "name": each["name"],
             "type": each["type"].name,
-            "params": {key: value for key, value in (each.get("params") or {}).items()},
+            "params": dict((each.get("params") or {}).items()),
             "description": each.get("description", ""),
         }
         field |= {key: True for key in ("is_primary", "auto_id", "is_partition_key", "nullable") if each.get(key)}

@@ -55,7 +55,7 @@ def _unpacked(value: Any, kind: str) -> Any:
     if kind in OF_BYTES:
         return base64.b64decode(value)
     if kind == "SPARSE_FLOAT_VECTOR":
-        return {place: number for place, number in value}
+        return dict(value)
     return value
 
 
