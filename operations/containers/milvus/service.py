@@ -101,6 +101,8 @@ def settings(service: Milvus, storage_key: str) -> dict[str, Any]:
         "etcd": {"use": {"embed": True}, "data": {"dir": f"{DATA}/etcd"}},
         "common": {
             "storageType": "local",
+            # Seconds. Alone it waits in vain for another server to take its collections over (upstream: 1800).
+            "gracefulStopTimeout": 10,
             # Root may give a user a new password without the one before.
             # Otherwise everybody may list and describe the collections of all databases. Servers that do not know the
             # key (2.3) allow it still.

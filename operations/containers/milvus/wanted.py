@@ -115,7 +115,8 @@ def _of_collection(there: Mapping[str, Any] | None, wanted: Mapping[str, Any], w
         return [f"{label}: absent -> {wanted['dimension']} dimensions, {wanted['index']['index_type']}"]
     if there["dimension"] != wanted["dimension"]:
         raise GpulabError(
-            f"{where}: milvus: {label}: its vectors have {there['dimension'] or 'no'} dimensions, declared are {wanted['dimension']}",
+            f"{where}: milvus: {label}: its vectors have {there['dimension'] or 'no'} dimensions, "
+            f"declared are {wanted['dimension']}",
             f"It holds {there['rows']} rows, and nothing of it was changed.",
             "declare it under another name and move the rows; or, if they can go, drop it as its tenant and deploy",
         )
