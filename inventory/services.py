@@ -163,6 +163,9 @@ class Ollama(Service):
         return self
 
 
+#: Names that a user or database of Milvus has already, or a secret of gpulab's (`milvus.NAME`).
+MILVUS_RESERVED = ("default", "root", "storage")
+
 #: Milvus' own limit of `limit` for GPU indexes (milvus.io, gpu-index-overview).
 GPU_TOP_K = 1024
 
@@ -393,6 +396,13 @@ def problems(guest: Guest) -> list[str]:
             f"({', '.join(using) or 'none'})"
             for number, each in enumerate(services.milvus.collections)
             if each.tenant not in using
+        ]
+        found += [
+            f"tenants.{number}.name = {tenant.name!r}: expected at most 32 characters that start with a letter, and "
+            f"none of {', '.join(MILVUS_RESERVED)}: a tenant that may use milvus is a user and a database there"
+            for number, tenant in enumerate(guest.tenants)
+            if tenant.name in using
+            and (tenant.name in MILVUS_RESERVED or len(tenant.name) > 32 or not tenant.name[0].isalpha())
         ]
     if services.pytorch is not None and not names:
         found.append("services.pytorch: expected `tenants` beside it: a job runs with a tenant's share")

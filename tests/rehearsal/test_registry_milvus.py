@@ -3,27 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rehearsal import paths
-from rehearsal.registry import recipe as common
 from rehearsal.registry.milvus import entry, recipe
-
-NETWORK = f"gpulab-milvus-{os.getpid()}"
-START_S = 60
-
-Serve = Callable[[str], contextlib.AbstractContextManager[Path]]
+from tests.rehearsal.milvus_server import Serve, network, serving
 
 TEMPLATE = """\
 etcd:
@@ -81,36 +73,15 @@ def test_pool_is_found_as_milvus_finds_it(
     assert entry.pool_mib(entry.settings(tmp_path)) == expected
 
 
-def unpacked(pin: str, root: Path) -> Path:
-    """A server's folder; the wheel stays in the cache."""
-    wheels = paths.cache() / "registry/wheels"
-    pattern = f"{pin.replace('==', '-')}-*.whl"
-    if not list(wheels.glob(pattern)):
-        common.download([pin], recipe.PYTHON, wheels, "--no-deps")
-    for name, content in recipe.server_files(next(wheels.glob(pattern))).items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        path.chmod(0o755)
-    return root / "milvus"
-
-
 @pytest.fixture
 def loopback() -> Iterator[list[str]]:
-    """Words before a command that runs it where nothing but a loopback device is: Milvus binds wildcard addresses."""
-    subprocess.run(["ip", "netns", "add", NETWORK], check=True)
-    try:
-        subprocess.run(["ip", "-n", NETWORK, "link", "set", "lo", "up"], check=True)
-        yield ["ip", "netns", "exec", NETWORK]
-    finally:
-        subprocess.run(["ip", "netns", "delete", NETWORK], check=True)
+    with network() as words:
+        yield words
 
 
 @pytest.fixture
 def serve(loopback: list[str], tmp_path: Path) -> Serve:
     """A server of this version over the same data at each call; gives its log."""
-    configs = tmp_path / "configs"
-    configs.mkdir()
     data = tmp_path / "data"
     settings = {
         "etcd": {"use": {"embed": True}, "data": {"dir": str(data / "etcd")}},
@@ -120,30 +91,7 @@ def serve(loopback: list[str], tmp_path: Path) -> Serve:
         "gpu": {"initMemSize": 256},
         "log": {"level": "warn"},
     }
-    (configs / "user.yaml").write_text(yaml.safe_dump(settings))
-    words = [*loopback, sys.executable, entry.__file__, "--", "milvus", "run", "standalone"]
-
-    @contextlib.contextmanager
-    def run(pin: str) -> Iterator[Path]:
-        program = unpacked(pin, tmp_path / pin)
-        for path in (program / "configs").iterdir():
-            (configs / path.name).write_bytes(path.read_bytes())
-        environment = {"PATH": f"{program}/bin:{os.environ['PATH']}", "MILVUSCONF": str(configs), "HOME": str(tmp_path)}
-        log = tmp_path / "milvus.log"
-        with open(log, "wb") as sink:
-            process = subprocess.Popen(words, env=environment, cwd=tmp_path, stdout=sink, stderr=sink)
-        try:
-            deadline = time.monotonic() + START_S
-            healthy = [*loopback, "curl", "-sf", "-m1", "http://127.0.0.1:9091/healthz"]
-            while subprocess.run(healthy, capture_output=True, check=False).returncode != 0:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.2)
-            yield log
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-    return run
+    return lambda pin: serving(pin, tmp_path, loopback, settings)
 
 
 CLIENT = """

@@ -101,8 +101,12 @@ def settings(service: Milvus, storage_key: str) -> dict[str, Any]:
         "etcd": {"use": {"embed": True}, "data": {"dir": f"{DATA}/etcd"}},
         "common": {
             "storageType": "local",
+            # Seconds. Alone it waits in vain for another server to take its collections over (upstream: 1800).
+            "gracefulStopTimeout": 10,
             # Root may give a user a new password without the one before.
-            "security": {"authorizationEnabled": True, "superUsers": "root"},
+            # Otherwise everybody may list and describe the collections of all databases. Servers that do not know the
+            # key (2.3) allow it still.
+            "security": {"authorizationEnabled": True, "superUsers": "root", "enablePublicPrivilege": False},
         },
         "localStorage": {"path": f"{DATA}/data"},
         "mq": {"type": "rocksmq"},
@@ -190,7 +194,7 @@ def milvus(
     actions = decide(found, spec)
     tools = known.get("tools") != requirements
     answers = bool(known) and not known["error"]
-    lines = wanted.differences(known, users, passwords.digests, collections) if answers else []
+    lines = wanted.differences(known, users, passwords.digests, collections, host.name) if answers else []
     gone = wanted.undeclared(known, users) if answers else []
     remove = gone if prune else []
     if gone and not prune:

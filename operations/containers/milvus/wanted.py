@@ -78,6 +78,7 @@ def differences(
     users: Sequence[str],
     digests: Mapping[str, str],
     wanted: Sequence[Mapping[str, Any]],
+    where: str,
 ) -> list[str]:
     """What has to change, a line each.
 
@@ -85,6 +86,7 @@ def differences(
     + users: the tenants' databases and users
     + digests: of each password, root's included, its keyed digest
     + wanted: `collections()`
+    + where: name of the guest, for errors
 
     Raises:
         GpulabError: a collection is of another shape; no run changes that, since its rows would be lost.
@@ -103,17 +105,18 @@ def differences(
             lines += [f"role {ROLE}{name}: + {right}" for right in role["missing"]]
             lines += [f"role {ROLE}{name}: + user {name}"] if name not in role["users"] else []
     for each in wanted:
-        lines += _of_collection(found["collections"].get(each["database"], {}).get(each["name"]), each)
+        lines += _of_collection(found["collections"].get(each["database"], {}).get(each["name"]), each, where)
     return lines
 
 
-def _of_collection(there: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
+def _of_collection(there: Mapping[str, Any] | None, wanted: Mapping[str, Any], where: str) -> list[str]:
     label = f"collection {wanted['database']}.{wanted['name']}"
     if there is None:
         return [f"{label}: absent -> {wanted['dimension']} dimensions, {wanted['index']['index_type']}"]
     if there["dimension"] != wanted["dimension"]:
         raise GpulabError(
-            f"{label}: its vectors have {there['dimension'] or 'no'} dimensions, declared are {wanted['dimension']}",
+            f"{where}: milvus: {label}: its vectors have {there['dimension'] or 'no'} dimensions, "
+            f"declared are {wanted['dimension']}",
             f"It holds {there['rows']} rows, and nothing of it was changed.",
             "declare it under another name and move the rows; or, if they can go, drop it as its tenant and deploy",
         )

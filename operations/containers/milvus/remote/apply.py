@@ -24,6 +24,10 @@ def collection(client: Any, wanted: dict[str, Any]) -> None:
         client.create_collection(name, schema=schema)
         print(f"collection {wanted['database']}.{name} made", flush=True)
     there = described(client, name)
+    if there["dimension"] != wanted["dimension"]:
+        # The plan refuses this, but for a server that did not answer it.
+        found = there["dimension"] or "no"
+        raise Failed(f"its vectors have {found} dimensions, declared are {wanted['dimension']}; it was left alone")
     had = there["index"]
     declared = {"index_type": index["index_type"], "metric_type": index["metric_type"], **index["params"]}
     same = had is not None and all(had.get(key) == str(value) for key, value in declared.items())

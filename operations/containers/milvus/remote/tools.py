@@ -15,28 +15,21 @@ def make(folder: str, requirements: str, index: str, ca: str) -> str:
     status, output, error = run("python3", "-m", "venv", "--clear", folder, timeout=180)
     if status != 0:
         return (output + error).strip()
+    pip = (os.path.join(folder, "bin/python"), "-m", "pip", "--disable-pip-version-check")
     with tempfile.TemporaryDirectory() as scratch:
         wanted = os.path.join(scratch, "requirements.txt")
         with open(wanted, "w") as file:
             file.write(requirements)
         # The list names all packages, and nothing is built here.
-        words = [
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "-r",
-            wanted,
-        ]
+        words = ["install", "--quiet", "--no-deps", "--only-binary", ":all:", "-r", wanted]
         if index:
             words += ["--index-url", index]
         if ca:
             bundle = os.path.join(scratch, "ca.pem")
             with open(bundle, "w") as file:
                 file.write(ca)
-            words += ["--cert", bundle, *without_truststore(folder)]
-        status, output, error = run(os.path.join(folder, "bin/python"), "-m", "pip", *words, timeout=900)
+            words += ["--cert", bundle, *only_this_authority(pip)]
+        status, output, error = run(*pip, *words, timeout=900)
     if status != 0:
         return (error or output).strip()
     with open(os.path.join(folder, "requirements.txt"), "w") as file:
@@ -44,10 +37,11 @@ def make(folder: str, requirements: str, index: str, ca: str) -> str:
     return ""
 
 
-def without_truststore(folder: str) -> list[str]:
-    """pip checks certificates by a library that knows no server by its address alone; older ones have none of it."""
-    version = run(os.path.join(folder, "bin/python"), "-c", "import pip; print(pip.__version__)")[1].split(".")
-    return ["--use-deprecated", "legacy-certs"] if tuple(map(int, version[:2])) >= (24, 2) else []
+def only_this_authority(pip: tuple[str, ...]) -> list[str]:
+    """Words that keep pip to `--cert`. From 24.2 on it asks the system's store, too, and fails with an address for host."""
+    version = run(*pip, "--version")[1].split()[1:2]
+    numbers = [int(part) for part in (version or ["0"])[0].split(".")[:2] if part.isdigit()]
+    return ["--use-deprecated", "legacy-certs"] if numbers >= [24, 2] else []
 
 
 def main() -> int:
