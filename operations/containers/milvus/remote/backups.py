@@ -162,7 +162,8 @@ def saved(client: Any, collection: str, folder: str) -> dict[str, Any]:
     if shape["functions"]:
         raise Failed(f"its functions ({', '.join(shape['functions'])}) can't be made again by gpulab")
     kinds = {field["name"]: field["type"] for field in shape["fields"]}
-    files, samples = {}, []
+    files: dict[str, Any] = {}
+    samples: list[Any] = []
     with in_memory(client, collection, shape):
         for number, partition in enumerate(shape["partitions"] or [None]):
             path = f"rows-{number:04}.jsonl.gz"

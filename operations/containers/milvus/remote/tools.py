@@ -38,7 +38,7 @@ def make(folder: str, requirements: str, index: str, ca: str) -> str:
 
 
 def only_this_authority(pip: tuple[str, ...]) -> list[str]:
-    """Words that keep pip to `--cert`. From 24.2 on it asks the system's store, too, and fails with an address for host."""
+    """Words that keep pip to `--cert`. From 24.2 on it asks the system's store, too, and fails with an address."""
     version = run(*pip, "--version")[1].split()[1:2]
     numbers = [int(part) for part in (version or ["0"])[0].split(".")[:2] if part.isdigit()]
     return ["--use-deprecated", "legacy-certs"] if numbers >= [24, 2] else []
