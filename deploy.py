@@ -8,6 +8,7 @@ Every host crosses this file. The one step that all of them share keeps the gues
 """
 
 from inventory import budgets, sharing
+from inventory.access import tenants_of
 from inventory.packages import TOOLKIT
 from operations import containers, hypervisor, nvidia, run, system
 from operations.files import File, files, render
@@ -200,7 +201,7 @@ with run.of_host() as part:
         containers.milvus.milvus(
             name="Run Milvus",
             declared=service.model_dump(),
-            tenants=[tenant.name for tenant in guest.tenants if tenant.may_use("milvus")],
+            tenants=tenants_of(guest, "milvus"),
             data=guest.data_disk.mount,
             passwords=containers.milvus.passwords_of(part.lab, guest),
             client=sharing.client(guest, budget_mib=service.memory_budget_mib) if guest.gpu else sharing.Client(),

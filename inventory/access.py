@@ -104,9 +104,14 @@ def token(service: str, tenant: str) -> str:
     return f"token.{service}.{tenant}" if service in BY_TOKEN else f"{service}.{tenant}"
 
 
+def milvus_name(tenant: str) -> str:
+    """A tenant's user in Milvus, and its database: Milvus takes letters, digits and underscores."""
+    return tenant.replace("-", "_")
+
+
 def milvus_login(tenant: str, password: str) -> str:
-    """What a tenant shows to Milvus, whose user names have no hyphen."""
-    return f"{tenant.replace('-', '_')}:{password}"
+    """What a tenant shows to Milvus."""
+    return f"{milvus_name(tenant)}:{password}"
 
 
 def tenants_of(guest: Guest, service: str) -> list[str]:

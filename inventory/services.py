@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
+from inventory.access import tenants_of
 from inventory.model import AbsolutePath, Model, Name, Sha256
 
 if TYPE_CHECKING:
@@ -390,7 +391,7 @@ def problems(guest: Guest) -> list[str]:
                 for name, index in services.milvus.indexes.items()
                 if index.on_gpu
             ]
-        using = [tenant.name for tenant in guest.tenants if tenant.may_use("milvus")]
+        using = tenants_of(guest, "milvus")
         found += [
             f"services.milvus.collections.{number}.tenant = {each.tenant!r}: expected a tenant that may use milvus "
             f"({', '.join(using) or 'none'})"

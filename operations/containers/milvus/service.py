@@ -15,6 +15,7 @@ from pyinfra import host
 from pyinfra.api import QuoteString, StringCommand
 
 from inventory import GpulabError, Guest, Lab, budgets
+from inventory.access import milvus_name, tenants_of, token
 from inventory.secrets import Secrets
 from inventory.services import Milvus
 from inventory.sharing import Client
@@ -86,8 +87,10 @@ class Passwords:
 def passwords_of(lab: Lab, guest: Guest) -> Passwords:
     """The lab's secrets of this guest's Milvus; those that are not there yet are made."""
     secrets, cluster = Secrets(guest.state), lab.node_of(guest).cluster_name
-    tenants = [tenant.name for tenant in guest.tenants if tenant.may_use("milvus")]
-    values = {wanted.database(name): secrets.once(cluster, f"milvus.{name}", guest.name) for name in tenants}
+    values = {
+        milvus_name(name): secrets.once(cluster, token("milvus", name), guest.name)
+        for name in tenants_of(guest, "milvus")
+    }
     return Passwords(
         {"root": secrets.once(cluster, "milvus.root", guest.name), **values},
         secrets.once(cluster, "milvus.storage", guest.name),
@@ -182,7 +185,7 @@ def milvus(
     """
     service = Milvus.model_validate(declared)
     spec = milvus_spec(service, data, passwords, client, gpu, engine)
-    users = [wanted.database(name) for name in tenants]
+    users = [milvus_name(name) for name in tenants]
     collections = wanted.collections(service)
     uri = f"http://127.0.0.1:{service.port}"
     named = {user: [each["name"] for each in collections if each["database"] == user] for user in users}

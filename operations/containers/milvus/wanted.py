@@ -7,15 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inventory import GpulabError
+from inventory.access import milvus_name
 from inventory.services import GpuCagra, GpuIvfFlat, Hnsw, IndexProfile, Milvus
 
 #: The role of a tenant; a user is ours when it has one.
 ROLE = "gpulab_"
-
-
-def database(tenant: str) -> str:
-    """A tenant's database, and its user: Milvus takes letters, digits and underscores."""
-    return tenant.replace("-", "_")
 
 
 def index_params(index: IndexProfile) -> dict[str, Any]:
@@ -64,7 +60,7 @@ def collections(service: Milvus) -> list[dict[str, Any]]:
     """The declared collections with all that makes them."""
     return [
         {
-            "database": database(each.tenant),
+            "database": milvus_name(each.tenant),
             "name": each.name,
             "dimension": each.dimension,
             "index": index_params(service.indexes[each.index]),
