@@ -700,9 +700,8 @@ def test_guest_without_gpu_has_no_gpu_checks(tmp_path: Path) -> None:
 
 
 def test_no_declared_model_is_not_run(tmp_path: Path) -> None:
-    guest = {
-        "services": {"ollama": {"image": healthy()["containers"]["services"]["ollama"]["digests"][0], "models": []}}
-    }
+    ollama = {"image": healthy()["containers"]["services"]["ollama"]["digests"][0], "models": []}
+    guest = {"services": {**GUEST["services"], "ollama": ollama}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.verify.healthy import ROOT, Doctored, api_refused, healthy, lab_file, verify
+from tests.verify.healthy import GUEST, ROOT, Doctored, api_refused, healthy, lab_file, verify
 from verify.hosts import Unreadable
 from verify.verdicts import FAILED, INCOMPLETE, PASSED, Result, Severity, Verdict, exit_status
 
@@ -99,7 +99,7 @@ def test_expected_not_run_is_excused_by_name_in_a_simulated_lab(
     ids = [f"containers.ollama.{name}" for name in ("context", "gpu", "memory")]
     guest: dict[str, Any] = {"simulated": "rehearsal", "expected_not_run": ids}
     image = healthy()["containers"]["services"]["ollama"]["digests"][0]
-    guest["services"] = {"ollama": {"image": image}}
+    guest["services"] = {**GUEST["services"], "ollama": {"image": image}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 
@@ -118,7 +118,8 @@ def test_expected_not_run_excuses_no_failure(tmp_path: Path) -> None:
 
 def test_expected_not_run_excuses_nothing_on_real_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guest: dict[str, Any] = {"expected_not_run": ["containers.ollama.gpu"]}
-    guest["services"] = {"ollama": {"image": healthy()["containers"]["services"]["ollama"]["digests"][0]}}
+    image = healthy()["containers"]["services"]["ollama"]["digests"][0]
+    guest["services"] = {**GUEST["services"], "ollama": {"image": image}}
 
     run = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(healthy()))
 
