@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-#: The state LISTEN in /proc/net/tcp.
-LISTEN = "0A"
+from verify.sockets import listening
+
+LOOPBACK = ("127.", "0000:0000:0000:0000:0000:0000:0000:0001")
 #: How much of the log's end is looked at.
 TAIL_BYTES = 256 * 1024
 
@@ -26,7 +27,7 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
         "refused": refused(),
         "files": {str(path): described(path) for path in [folder, *sorted(folder.glob("*"))] if path.exists()},
         "log": log(root / arguments["log"].lstrip("/"), set(arguments["requests"])),
-        "listens": listening(root),
+        "listens": reachable(root),
     }
 
 
@@ -66,46 +67,10 @@ def log(path: Path, requests: set[str]) -> dict[str, Any]:
     return {"mode": mode, "lines": found, "broken": broken}
 
 
-def listening(root: Path) -> list[dict[str, Any]]:
-    """Everything that listens on TCP beyond the loopback addresses: `address`, `port`, `program`."""
-    inodes = {}
-    for name, width in (("tcp", 8), ("tcp6", 32)):
-        path = root / "proc/net" / name
-        for line in path.read_text().splitlines()[1:] if path.exists() else []:
-            words = line.split()
-            address, _, port = words[1].partition(":")
-            where = dotted(address[:width])
-            if words[3] == LISTEN and not where.startswith(("127.", "0000:0000:0000:0000:0000:0000:0000:0001")):
-                inodes[words[9]] = (where, int(port, 16))
-    programs = owners(root, set(inodes))
-    return [
-        {"address": address, "port": port, "program": programs.get(inode, "")}
-        for inode, (address, port) in sorted(inodes.items(), key=lambda item: item[1][1])
-    ]
-
-
-def owners(root: Path, inodes: set[str]) -> dict[str, str]:
-    """Which program has each of these sockets."""
-    found = {}
-    for folder in (root / "proc").glob("[0-9]*"):
-        for link in sorted(folder.glob("fd/*")):
-            try:
-                # A descriptor may be closed by now.
-                target = os.readlink(link)
-                if target.startswith("socket:[") and target[8:-1] in inodes:
-                    found[target[8:-1]] = (folder / "comm").read_text().strip()
-            except OSError:
-                continue
-    return found
-
-
-def dotted(raw: str) -> str:
-    """An address of /proc/net/tcp, whose 32-bit words are in the machine's (little-endian) order."""
-    octets = [raw[start : start + 8] for start in range(0, len(raw), 8)]
-    data = b"".join(bytes.fromhex(part)[::-1] for part in octets)
-    if len(data) == 4:
-        return ".".join(str(octet) for octet in data)
-    return ":".join(data[start : start + 2].hex() for start in range(0, 16, 2))
+def reachable(root: Path) -> list[dict[str, Any]]:
+    """Everything that listens beyond the loopback addresses, by port."""
+    beyond = [each for each in listening(root) if not each["address"].startswith(LOOPBACK)]
+    return sorted(beyond, key=lambda each: each["port"])
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:

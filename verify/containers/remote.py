@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from verify.sockets import listening
+
 #: The label of an image that stands in for the real one.
 STAND_IN = "org.gpulab.stand-in"
 #: The label of a container of ours: the name of its service.
@@ -29,8 +31,6 @@ PODMAN_FOLDERS = ["/etc/cdi", "/var/run/cdi"]
 HEALING = "gpulab-heal.timer"
 #: Variables that are settings of a service; others may hold what is nobody's business.
 SETTINGS = ("OLLAMA_", "CUDA_MPS_")
-#: The state LISTEN in /proc/net/tcp.
-LISTEN = "0A"
 
 
 def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]:
@@ -302,47 +302,6 @@ def models_folder(environment: dict[str, str], mounts: list[dict[str, Any]], dat
     nearest = max(holding, key=lambda item: len(item["Destination"]))
     outside = Path(nearest["Source"])
     return {"inside": str(inside), "outside": str(outside), "on_data_disk": on_disk(str(outside), data)}
-
-
-def listening(root: Path) -> list[dict[str, Any]]:
-    """Who listens on TCP: `address`, `port` and the `program` that holds the socket, as the kernel has them."""
-    found = {}
-    for name, width in (("tcp", 8), ("tcp6", 32)):
-        path = root / "proc/net" / name
-        for line in path.read_text().splitlines()[1:] if path.exists() else []:
-            words = line.split()
-            address, _, port = words[1].partition(":")
-            if words[3] == LISTEN:
-                inode = words[9] if len(words) > 9 else ""
-                found[dotted(address[:width]), int(port, 16)] = inode
-    holding = holders(root) if found else {}
-    return [
-        {"address": address, "port": port, "program": holding.get(inode, "")}
-        for (address, port), inode in sorted(found.items())
-    ]
-
-
-def holders(root: Path) -> dict[str, str]:
-    """The program behind each socket, by the socket's inode."""
-    found = {}
-    for process in (root / "proc").glob("[0-9]*"):
-        name = (read(process / "comm") or "").strip()
-        try:
-            links = [os.readlink(entry) for entry in os.scandir(process / "fd")]
-        except OSError:
-            # It ended meanwhile.
-            continue
-        found.update({link[8:-1]: name for link in links if link.startswith("socket:[")})
-    return found
-
-
-def dotted(raw: str) -> str:
-    """An address of /proc/net/tcp, whose 32-bit words are in the machine's (little-endian) order."""
-    octets = [raw[start : start + 8] for start in range(0, len(raw), 8)]
-    data = b"".join(bytes.fromhex(part)[::-1] for part in octets)
-    if len(data) == 4:
-        return ".".join(str(octet) for octet in data)
-    return ":".join(data[start : start + 2].hex() for start in range(0, 16, 2))
 
 
 def ask(port: int, path: str, body: dict[str, Any] | None = None, limit_s: float = 10.0) -> dict[str, Any]:
