@@ -26,9 +26,6 @@ RIGHTS = (
 #: Milvus' own first password.
 DEFAULT = "Milvus"
 
-# Milvus' driver logs each refused call with its traceback, and our callers tell what they need in words.
-logging.disable(logging.CRITICAL)
-
 
 def connect(uri: str, user: str, password: str, database: str = "default") -> Any:
     """A client that has logged in.
@@ -38,6 +35,8 @@ def connect(uri: str, user: str, password: str, database: str = "default") -> An
     """
     from pymilvus import MilvusClient
 
+    # It logs each refused call with its traceback, and our callers tell what they need in words.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)
     client = MilvusClient(uri, token=f"{user}:{password}", db_name=database, timeout=15)
     client.list_collections()
     return client
