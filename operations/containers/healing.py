@@ -17,6 +17,7 @@ from operations.containers.facts import HealingFacts
 from operations.containers.remote.heal import CONFIGURATION, UNIT
 from operations.files import File, render
 from operations.remote import program
+from operations.units import as_wanted, present, withdraw
 
 TIMER = "gpulab-heal.timer"
 TIMER_FILE = f"/etc/systemd/system/{TIMER}"
@@ -88,27 +89,18 @@ def healing(
     found = read()
     changing = files.differing(found.get("files", {}), wanted)
     unit = found.get("unit", {})
-    active = (unit.get("enabled"), unit.get("active")) == ("enabled", "active")
     if policy is None or not services:
         why = "no healing is declared" if policy is None else "no service is declared"
-        present = unit.get("active") == "active" or unit.get("enabled") == "enabled"
-        if not changing and not present:
+        if not changing and not present(unit):
             step.noop(f"{why}, and none is there")
             return
-        if present:
-            step.changes(f"disable {TIMER}")
-        files.record(found.get("files", {}), changing)
-        if present:
-            yield StringCommand("systemctl", "disable", "--now", TIMER)
-        if changing:
-            yield files.write(changing)
-            yield StringCommand("systemctl", "daemon-reload")
+        yield from withdraw(TIMER, unit, found.get("files", {}), changing)
         # An alarm of before would keep it among the failed units.
         yield StringCommand("systemctl", "reset-failed", UNIT, "||", "true")
         return
     for name, words in found.get("alarms", {}).items():
         logger.warning(f"{host.print_prefix}alarm {name}: {words}; `gpulab-heal --reset {name}` when it is mended")
-    if not changing and active:
+    if not changing and as_wanted(unit):
         alarms = ", ".join(found["alarms"])
         step.noop(
             f"{TIMER} looks after {', '.join(services)} every {policy['interval_s']} s"
@@ -124,7 +116,7 @@ def healing(
         yield files.write(changing)
     if not changing.keys().isdisjoint((UNIT_FILE, TIMER_FILE)):
         yield StringCommand("systemctl", "daemon-reload")
-    if not active or TIMER_FILE in changing:
+    if not as_wanted(unit) or TIMER_FILE in changing:
         step.changes(f"start {TIMER}")
         yield StringCommand("systemctl", "enable", TIMER)
         yield StringCommand("systemctl", "restart", TIMER)
@@ -137,5 +129,5 @@ def check() -> None:
         GpulabError: the timer does not run.
     """
     unit = read()["unit"]
-    if (unit["enabled"], unit["active"]) != ("enabled", "active"):
+    if not as_wanted(unit):
         raise GpulabError(f"{TIMER} is {unit['active']}", resolution=f"`systemctl status {TIMER}` in the guest")

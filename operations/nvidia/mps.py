@@ -17,7 +17,8 @@ from operations import files, step
 from operations.files import File, render
 from operations.nvidia.facts import MpsFacts
 from operations.nvidia.remote.mps import ORDER
-from operations.nvidia.units import PROGRAMS, as_wanted, installed, restart
+from operations.nvidia.units import PROGRAMS, installed, restart
+from operations.units import as_wanted
 
 UNIT = "gpulab-mps.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"

@@ -21,8 +21,9 @@ from operations.files import File, render
 from operations.nvidia import library
 from operations.nvidia.facts import SettingsFacts
 from operations.nvidia.remote.settings import SETTINGS, differing, refused
-from operations.nvidia.units import PROGRAMS, as_wanted, installed, restart
+from operations.nvidia.units import PROGRAMS, installed, restart
 from operations.reboot import reboot_and_wait
+from operations.units import as_wanted
 
 UNIT = "gpulab-gpu-settings.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"

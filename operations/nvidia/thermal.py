@@ -14,7 +14,8 @@ from operations import files, step
 from operations.files import File, render
 from operations.nvidia.facts import ThermalFacts
 from operations.nvidia.remote.thermal import POLICY
-from operations.nvidia.units import PROGRAMS, as_wanted, installed, restart
+from operations.nvidia.units import PROGRAMS, installed, restart
+from operations.units import as_wanted, present, withdraw
 
 UNIT = "gpulab-gpu-thermal.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"
@@ -53,19 +54,11 @@ def thermal(policy: Mapping[str, Any] | None) -> step.Commands:
     changing = files.differing(found.get("files", {}), wanted_files(policy))
     unit = found.get("unit", {})
     if policy is None:
-        present = unit.get("active") == "active" or unit.get("enabled") == "enabled"
-        if not changing and not present:
+        if not changing and not present(unit):
             step.noop("no thermal policy is declared, and none is watched")
             return
-        if present:
-            step.changes(f"disable {UNIT}")
-        files.record(found.get("files", {}), changing)
-        if present:
-            # It gives the card its declared limit back when it ends.
-            yield StringCommand("systemctl", "disable", "--now", UNIT)
-        if changing:
-            yield files.write(changing)
-            yield StringCommand("systemctl", "daemon-reload")
+        # The daemon gives the card its declared limit back when it ends.
+        yield from withdraw(UNIT, unit, found.get("files", {}), changing)
         return
     if not changing and as_wanted(unit):
         step.noop(f"{UNIT} watches from {policy['warning_c']} °C")

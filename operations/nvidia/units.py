@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the units of ours for the card have in common: where their programs lie, how they are started and judged."""
+"""What the units of ours for the card have in common: where their programs lie, how they are started."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from pyinfra.api import QuoteString, StringCommand
 
@@ -26,11 +23,6 @@ exit $status
 def installed(name: str) -> File:
     """A program of `remote/` as a file that a unit starts: the same text that a deploy sends."""
     return File(f"#!/usr/bin/python3 -I\n{program(__file__, name)}\n", mode=0o755)
-
-
-def as_wanted(unit: Mapping[str, Any]) -> bool:
-    """Is it enabled, and has it come up?"""
-    return (unit.get("enabled"), unit.get("active")) == ("enabled", "active")
 
 
 def restart(unit: str) -> StringCommand:
