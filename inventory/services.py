@@ -282,6 +282,8 @@ class Collection(Model):
 class Milvus(Service):
     """Milvus standalone: one container with its own etcd and its own files, all of them on the data disk."""
 
+    taken: ClassVar[Keys] = {"COMMON_SECURITY_AUTHORIZATIONENABLED": None}
+
     port: Port = 19530
     #: Port on the loopback address that tells health and metrics.
     metrics_port: Port = 9091

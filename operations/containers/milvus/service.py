@@ -34,6 +34,9 @@ PORT, METRICS_PORT = 19530, 9091
 #: The image's folder of settings, and of data.
 CONFIG, DATA = "/milvus/configs/user.yaml", "/var/lib/milvus"
 
+#: The server's own variable for `common.security.authorizationEnabled`.
+AUTHORIZATION = "COMMON_SECURITY_AUTHORIZATIONENABLED"
+
 #: A Python environment with Milvus' driver, and what is in it.
 TOOLS = "/opt/gpulab/milvus-tools"
 REQUIREMENTS = f"{TOOLS}/requirements.txt"
@@ -106,10 +109,14 @@ def settings(service: Milvus, storage_key: str) -> dict[str, Any]:
             "storageType": "local",
             # Seconds. Alone it waits in vain for another server to take its collections over (upstream: 1800).
             "gracefulStopTimeout": 10,
-            # Root may give a user a new password without the one before.
-            # Otherwise everybody may list and describe the collections of all databases. Servers that do not know the
-            # key (2.3) allow it still.
-            "security": {"authorizationEnabled": True, "superUsers": "root", "enablePublicPrivilege": False},
+            "security": {
+                "authorizationEnabled": True,
+                # Root may give a user a new password without the one before.
+                "superUsers": "root",
+                # Otherwise everybody may list and describe the collections of all databases. Servers that do not know
+                # the key (2.3) allow it still.
+                "enablePublicPrivilege": False,
+            },
         },
         "localStorage": {"path": f"{DATA}/data"},
         "mq": {"type": "rocksmq"},
@@ -136,7 +143,8 @@ def milvus_spec(
         name="milvus",
         image=service.image,
         command=("milvus", "run", "standalone"),
-        environment={**service.environment, **client.environment},
+        # Also where a server does not read the settings.
+        environment={**service.environment, AUTHORIZATION: "true", **client.environment},
         volumes={f"{data}/milvus": DATA},
         binds=client.mounts,
         mounts=(data,),
@@ -215,7 +223,7 @@ def milvus(
         step.changes(f"file {PROFILES}", file_diff(known.get("profiles"), profiles))
     if not answers:
         # Which of them there are is only known once it answers.
-        lines = [f"database, user and role {name}" for name in users]
+        lines = ["root's own password", *(f"database, user and role {name}" for name in users)]
         lines += [f"collection {each['database']}.{each['name']}" for each in collections]
         step.changes("what Milvus does not hold yet", tuple(lines))
     elif lines:
@@ -232,7 +240,7 @@ def milvus(
     if not profiled:
         yield files.write({PROFILES: File(profiles)})
     yield from apply(spec, actions)
-    if lines or remove:
+    if not answers or lines or remove:
         state: dict[str, Any] = {
             "uri": uri,
             "databases": users,
