@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: MIT
 """What `make rehearse-full` does to the verified lab: rebuild, roll back, destroy, restore; and that nothing is lost.
 
-Before each part, things are left on the guest's data disk and on its system disk; afterwards the data, the models
-and the VM's identity must be what they were.
+Before each part, things are left on the guest's data disk, in Milvus, and on its system disk; afterwards the data, the
+models, the rows, what a search answers, and the VM's identity must be what they were.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from pymilvus import MilvusClient, MilvusException
+
+import inventory
 from inventory import GpulabError
+from inventory.access import milvus_login, token
+from inventory.secrets import Secrets
 from rehearsal import host
 from rehearsal.rehearse import (
     INVENTORY,
@@ -36,6 +43,10 @@ from rehearsal.rehearse import (
 GUEST, NODE, VMID = "gpu01", "pve1", "101"
 MEASURED = "/srv/data/measured"
 OF_THE_OLD_SYSTEM = "/etc/of-the-old-system"
+
+#: The tenant and collection of inventory/rehearsal.py that rows are left in, and its vectors' numbers.
+TENANT, COLLECTION, DIMENSION = "astro", "spectra", 128
+ROWS = 500
 
 #: What a rebuild's time goes into, by the names of its operations. Everything else is gpulab's own.
 PVE = (
@@ -62,6 +73,8 @@ class Kept:
 
     measured: str
     models: tuple[str, ...]
+    #: How many rows Milvus has, and the keys of those nearest to the first one.
+    rows: tuple[int, ...]
     identity: tuple[str, ...]
 
 
@@ -132,7 +145,48 @@ def _leave_data() -> Kept:
     text = secrets.token_hex(4096)
     _on(GUEST, "sh", "-c", f"echo {text} > {MEASURED}")
     _mark_system()
+    numbers = random.Random(7)
+    vectors = [[numbers.random() for _ in range(DIMENSION)] for _ in range(ROWS)]
+    milvus = _milvus()
+    milvus.upsert(COLLECTION, [{"id": key, "vector": vector} for key, vector in enumerate(vectors)])
+    milvus.close()
     return _found()
+
+
+def _milvus() -> MilvusClient:
+    """A user's own client, through the proxy. A system that has just booted may still be starting the server."""
+    lab = inventory.load(INVENTORY)
+    guest = lab.guests[GUEST]
+    service = guest.services.milvus
+    assert service is not None
+    password = Secrets(guest.state).get(lab.node_of(guest).cluster_name, token("milvus", TENANT), GUEST)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return MilvusClient(
+                f"https://{guest.address.ip}:{service.port}",
+                token=milvus_login(TENANT, password or ""),
+                db_name=TENANT,
+                server_pem_path=str(guest.services_ca),
+                timeout=20,
+            )
+        except MilvusException as error:
+            if time.monotonic() > deadline:
+                raise Failed(f"{GUEST}: Milvus lets nobody in: {error.message}") from None
+            time.sleep(1)
+
+
+def _rows() -> tuple[int, ...]:
+    milvus = _milvus()
+    try:
+        found = milvus.query(COLLECTION, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        first = milvus.get(COLLECTION, ids=[0], output_fields=["vector"])[0]["vector"]
+        hits = milvus.search(COLLECTION, data=[first], limit=10, consistency_level="Strong")[0]
+    except (MilvusException, IndexError) as error:
+        raise Failed(f"{GUEST}: Milvus does not answer of {COLLECTION}: {error!r}") from None
+    finally:
+        milvus.close()
+    return int(found[0]["count(*)"]), *(int(hit["id"]) for hit in hits)
 
 
 def _mark_system() -> None:
@@ -151,6 +205,7 @@ def _found() -> Kept:
     return Kept(
         _on(GUEST, "cat", MEASURED),
         tuple(sorted(f"{model['name']} {model['digest']}" for model in tags["models"])),
+        _rows(),
         identity,
     )
 
@@ -161,7 +216,7 @@ def _compare(kept: Kept, after: str, system_is_new: bool) -> None:
         Failed: something is not what it was.
     """
     found = _found()
-    for what in ("measured", "models", "identity"):
+    for what in ("measured", "models", "rows", "identity"):
         before, now = getattr(kept, what), getattr(found, what)
         if before != now or not now:
             raise Failed(f"{GUEST}: {what} is not what it was before {after}", f"{str(before)[:200]}\n{str(now)[:200]}")
