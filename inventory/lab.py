@@ -31,6 +31,9 @@ guests = [
                 "checksum": "sha512:" + 128 * "0",
                 "filename": "debian-13.qcow2",
             },
+            # Who shares the card, and what each may use of it: docs/access.md, docs/pytorch.md.
+            "tenants": [{"name": "astro", "memory_limit_mib": 4096}],
+            # Beside it `milvus` (docs/milvus.md) and `pytorch` (docs/pytorch.md), as you need them.
             "services": {"ollama": {"image": "ollama/ollama@sha256:" + 64 * "0", "models": ["llama3.2:3b"]}},
         },
     ),
