@@ -8,6 +8,7 @@ models, the rows, what a search answers, and the VM's identity must be what they
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import secrets
@@ -147,46 +148,52 @@ def _leave_data() -> Kept:
     _mark_system()
     numbers = random.Random(7)
     vectors = [[numbers.random() for _ in range(DIMENSION)] for _ in range(ROWS)]
-    milvus = _milvus()
-    milvus.upsert(COLLECTION, [{"id": key, "vector": vector} for key, vector in enumerate(vectors)])
-    milvus.close()
+    with _milvus() as milvus:
+        milvus.upsert(COLLECTION, [{"id": key, "vector": vector} for key, vector in enumerate(vectors)])
     return _found()
 
 
-def _milvus() -> MilvusClient:
-    """A user's own client, through the proxy. A system that has just booted may still be starting the server."""
+@contextmanager
+def _milvus() -> Iterator[MilvusClient]:
+    """A user's own client, through the proxy."""
     lab = inventory.load(INVENTORY)
     guest = lab.guests[GUEST]
     service = guest.services.milvus
     assert service is not None
     password = Secrets(guest.state).get(lab.node_of(guest).cluster_name, token("milvus", TENANT), GUEST)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return MilvusClient(
-                f"https://{guest.address.ip}:{service.port}",
-                token=milvus_login(TENANT, password or ""),
-                db_name=TENANT,
-                server_pem_path=str(guest.services_ca),
-                timeout=20,
-            )
-        except MilvusException as error:
-            if time.monotonic() > deadline:
-                raise Failed(f"{GUEST}: Milvus lets nobody in: {error.message}") from None
-            time.sleep(1)
+    client = MilvusClient(
+        f"https://{guest.address.ip}:{service.port}",
+        token=milvus_login(TENANT, password or ""),
+        db_name=TENANT,
+        server_pem_path=str(guest.services_ca),
+        timeout=20,
+    )
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 def _rows() -> tuple[int, ...]:
-    milvus = _milvus()
-    try:
-        found = milvus.query(COLLECTION, filter="", output_fields=["count(*)"], consistency_level="Strong")
-        first = milvus.get(COLLECTION, ids=[0], output_fields=["vector"])[0]["vector"]
-        hits = milvus.search(COLLECTION, data=[first], limit=10, consistency_level="Strong")[0]
-    except (MilvusException, IndexError) as error:
-        raise Failed(f"{GUEST}: Milvus does not answer of {COLLECTION}: {error!r}") from None
-    finally:
-        milvus.close()
-    return int(found[0]["count(*)"]), *(int(hit["id"]) for hit in hits)
+    """How many there are, and the keys of those that a search finds.
+
+    Raises:
+        Failed: the server does not answer. After a boot it has a while to start, and to load the collection.
+    """
+    # It logs each refused call with its traceback.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with _milvus() as milvus:
+                found = milvus.query(COLLECTION, filter="", output_fields=["count(*)"], consistency_level="Strong")
+                first = milvus.get(COLLECTION, ids=[0], output_fields=["vector"])[0]["vector"]
+                hits = milvus.search(COLLECTION, data=[first], limit=10, consistency_level="Strong")[0]
+            return int(found[0]["count(*)"]), *(int(hit["id"]) for hit in hits)
+        except (MilvusException, IndexError) as error:
+            if time.monotonic() > deadline:
+                raise Failed(f"{GUEST}: Milvus does not answer of {COLLECTION}: {error}") from None
+            time.sleep(1)
 
 
 def _mark_system() -> None:
