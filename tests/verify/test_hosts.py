@@ -61,6 +61,18 @@ def test_pinned_host_is_read_over_one_connection(tmp_path: Path, server: SshServ
     connection.close()
 
 
+def test_secrets_go_over_stdin_and_to_one_read_alone(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    echo = script(tmp_path, "import json, sys\nprint(json.dumps({'stdin': sys.stdin.read(), 'words': sys.orig_argv}))")
+
+    found = connection.read(echo, {}, secret={"root": "hidden"})
+
+    assert found["stdin"] == '{"root": "hidden"}'
+    assert not [word for word in found["words"] if "hidden" in word]
+    assert connection.read(echo, {})["stdin"] == ""
+    connection.close()
+
+
 def test_unknown_host_key_is_refused(tmp_path: Path, server: SshServer, client_key: Path) -> None:
     error = refused(Connection(node_at(tmp_path, server.port)))
 
