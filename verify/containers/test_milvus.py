@@ -29,7 +29,7 @@ FILE = "/etc/gpulab/milvus.json"
 
 
 @pytest.fixture
-def service(guest: Guest) -> Milvus:
+def wanted(guest: Guest) -> Milvus:
     assert guest.services.milvus is not None
     return guest.services.milvus
 
@@ -37,11 +37,11 @@ def service(guest: Guest) -> Milvus:
 @pytest.mark.critical
 @pytest.mark.promise("containers.milvus.healthy", fix=DEPLOY + "; docker logs milvus on {host} says more")
 def test_milvus_is_healthy(
-    guest: Guest, service: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
     running(containers, "milvus")
     assert milvus["health"] == "OK", (
-        f"{guest.name}: http://127.0.0.1:{service.metrics_port}/healthz says {milvus['health']!r}, expected OK"
+        f"{guest.name}: http://127.0.0.1:{wanted.metrics_port}/healthz says {milvus['health']!r}, expected OK"
     )
     assert not milvus["error"], f"{guest.name}: Milvus cannot be asked: {milvus['error']}"
     seen(f"version {milvus['version']}")
@@ -50,14 +50,14 @@ def test_milvus_is_healthy(
 @pytest.mark.critical
 @pytest.mark.promise("containers.milvus.authorization", fix=DEPLOY)
 def test_nobody_gets_in_unknown(
-    guest: Guest, service: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
     """Whoever is let in with root's published password may do everything."""
     found = asked(containers, milvus)
     let_in = [who for who, told in found["strangers"].items() if told["status"] != UNKNOWN]
     assert not let_in, f"{guest.name}: Milvus answers {' and '.join(let_in)}, expected a refusal"
     assert not found["unguarded"], (
-        f"{guest.name}: 127.0.0.1:{service.metrics_port} answers {', '.join(found['unguarded'])} without a login: "
+        f"{guest.name}: 127.0.0.1:{wanted.metrics_port} answers {', '.join(found['unguarded'])} without a login: "
         "whoever has a shell on the guest reads all rows and makes users"
     )
     if found["root"]["status"] != "OK":
@@ -114,10 +114,10 @@ def test_tenants_do_nothing_in_each_others_databases(
 @pytest.mark.major
 @pytest.mark.promise("containers.milvus.collections", fix=DEPLOY)
 def test_declared_collections_are_there(
-    guest: Guest, service: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
     told = []
-    for each, found in declared(service, asked(containers, milvus)):
+    for each, found in declared(wanted, asked(containers, milvus)):
         label = f"{guest.name}: collection {full_name(each)}"
         assert found["told"]["status"] == "OK", f"{label}: {found['told']['said'] or found['told']['status']}"
         if found["dimension"] != each.dimension:
@@ -133,11 +133,11 @@ def test_declared_collections_are_there(
 @pytest.mark.major
 @pytest.mark.promise("containers.milvus.indexes", fix=DEPLOY)
 def test_indexes_are_as_declared(
-    guest: Guest, service: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
     told = []
-    for each, found in declared(service, asked(containers, milvus)):
-        expected = indexes.built(service.indexes[each.index])
+    for each, found in declared(wanted, asked(containers, milvus)):
+        expected = indexes.built(wanted.indexes[each.index])
         index = of_existing(each, found)["index"]
         assert index is not None, f"{guest.name}: collection {full_name(each)} has no index, expected {each.index}"
         wrong = [
@@ -153,9 +153,9 @@ def test_indexes_are_as_declared(
 @pytest.mark.minor
 @pytest.mark.promise("containers.milvus.profiles", fix=DEPLOY)
 def test_profiles_are_there_for_users_programs(
-    guest: Guest, service: Milvus, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
-    found, expected = milvus["profiles"], indexes.shown(service)
+    found, expected = milvus["profiles"], indexes.shown(wanted)
     assert found is not None, f"{guest.name}: {FILE} is missing or no JSON"
     there = {name: as_shown(profile) for name, profile in found.items()}
     wrong = [name for name in sorted(there.keys() | expected.keys()) if there.get(name) != expected.get(name)]
@@ -166,11 +166,11 @@ def test_profiles_are_there_for_users_programs(
 @pytest.mark.critical
 @pytest.mark.promise("containers.milvus.answers", fix=DEPLOY + "; docker logs milvus on {host} says more")
 def test_collections_answer_a_search(
-    guest: Guest, service: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
+    guest: Guest, wanted: Milvus, containers: Observation, milvus: Observation, seen: Callable[[str], None]
 ) -> None:
     """As its tenant, with the profile's own parameters."""
     told = []
-    for each, found in declared(service, asked(containers, milvus)):
+    for each, found in declared(wanted, asked(containers, milvus)):
         search = of_existing(each, found)["search"]
         if search is None:
             not_run(f"collection {full_name(each)} is not in memory: see containers.milvus.collections")
@@ -205,11 +205,11 @@ def at_home(found: Observation, name: str) -> None:
         not_run(f"{name} does not get in: see containers.milvus.tenants")
 
 
-def declared(service: Milvus, found: Observation) -> list[tuple[Collection, dict[str, Any]]]:
+def declared(wanted: Milvus, found: Observation) -> list[tuple[Collection, dict[str, Any]]]:
     """Every declared collection with what was seen of it."""
-    for each in service.collections:
+    for each in wanted.collections:
         at_home(found, milvus_name(each.tenant))
-    return [(each, found["collections"][full_name(each)]) for each in service.collections]
+    return [(each, found["collections"][full_name(each)]) for each in wanted.collections]
 
 
 def of_existing(each: Collection, found: dict[str, Any]) -> dict[str, Any]:
