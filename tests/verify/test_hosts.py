@@ -6,12 +6,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import pytest
 
 import inventory
 from inventory import Node
+from inventory.secrets import Secrets
 from tests.verify.healthy import lab_file, verify
 from tests.verify.ssh_server import SshServer
 from verify.hosts import Connection, Unreachable, Unreadable
@@ -163,6 +165,30 @@ def test_scripts_run_over_ssh_as_they_are_sent(tmp_path: Path, server: SshServer
     assert found["cmdline"] and found["kernel"]
     assert found["pve_version"] == ""
     readers.close()
+
+
+def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = inventory.load(lab_file(tmp_path))
+    kept = Secrets(lab.guests["gpu01"].state)
+    root = kept.once("pve1", "milvus.root", "gpu01")
+    astro = kept.once("pve1", "milvus.astro", "gpu01")
+    asked: list[tuple[str, dict[str, Any], Any]] = []
+
+    def read(self: Connection, file: Path, arguments: dict[str, Any], limit_s: float, secret: object) -> dict[str, Any]:
+        asked.append((file.name, arguments, secret))
+        return {}
+
+    monkeypatch.setattr(Connection, "read", read)
+    Readers(lab).read("gpu01", "milvus")
+
+    ((name, arguments, secret),) = asked
+    assert name == "milvus_remote.py"
+    assert secret == {"root": root, "astro": astro, "ml": None}
+    assert root not in str(arguments) and astro not in str(arguments)
+    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"ef": 128}}
+    assert arguments["databases"] == {"astro": {"spectra": search}, "ml": {}}
 
 
 def test_run_against_a_host_that_is_down_names_the_reason(
