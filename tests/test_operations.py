@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Operation cases: facts in, commands out; one YAML file a case, folders `operations/<package>.<module>.<operation>`.
 
-pyinfra-testing runs them; its format is documented in pyinfra's own tests. Six things are added here, so that a
+pyinfra-testing runs them; its format is documented in pyinfra's own tests. Eight things are added here, so that a
 case shows only what it is about:
 
 - `like: NAME` in a fact's value takes the rest of it from `hosts/NAME.yaml`;
+- `template: PATH` is what that template renders to without arguments;
 - a file's content may be given as `text:`, `operations.files` has it in base64;
 - `as_written: MODULE` with `for: [arguments]` stands for the files that `operations.MODULE.wanted_files` has;
 - `library: pinned` is the digest of NVML's module as it is installed here;
+- `assumed: true` is a guest that does not exist yet;
 - a shell script with a name after it is shown as `{sh: the name, arguments: […]}`;
 - a Python program sent to a host is shown as `{write: {path: [mode, text]}}` when it writes files, otherwise as
   `{python: its first line, argument: …, stdin: …}`.
@@ -20,7 +22,9 @@ import importlib
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pyinfra_testing.operations
 import yaml
@@ -28,13 +32,15 @@ from pyinfra.api import QuoteString, StringCommand
 from pyinfra_testing.operations import make_operation_tests
 from pyinfra_testing.util import FakeHost
 
-from operations.files import _WRITE
+from operations.files import _WRITE, render
 from operations.nvidia.settings import library_digest
 
 HERE = Path(__file__).parent
 
 #: The name of the host in every message.
 HOST = "host1"
+
+KEYS = {"args", "kwargs", "facts", "commands", "noop_description", "exception", "local_files", "assumed"}
 
 # Steps ask the connector whether the host exists yet.
 FakeHost.connector = None
@@ -65,7 +71,8 @@ def _program(command: Any) -> dict[str, Any] | None:
     words = [bit.obj if isinstance(bit, QuoteString) else bit for bit in bits]
     if words[:2] == ["sh", "-c"] and len(words) > 3:
         return {"sh": words[3], "arguments": words[4:]}
-    if words[:2] != ["python3", "-c"]:
+    # A virtual environment's own, too.
+    if words[1:2] != ["-c"] or words[0].rpartition("/")[2] not in ("python3", "python"):
         return None
     script, argument = words[2:]
     stdin = json.loads(command.connector_arguments.get("_stdin", "null"))
@@ -88,6 +95,8 @@ def expanded(value: Any) -> Any:
     if "like" in value:
         path = HERE / "hosts" / f"{value.pop('like')}.yaml"
         value = merged(expanded(yaml.safe_load(path.read_text())), value)
+    if set(value) == {"template"}:
+        return render(value["template"])
     if "as_written" in value:
         return _as_written(value["as_written"], value["for"]) | {key: value[key] for key in value if "/" in key}
     if value.get("library") == "pinned":
@@ -117,9 +126,11 @@ def cases(folder: Path) -> type[Any]:
     run = tests._test
 
     def expanded_test(self: Any, name: str, data: dict[str, Any]) -> None:
-        unknown = set(data) - {"args", "kwargs", "facts", "commands", "noop_description", "exception", "local_files"}
+        unknown = set(data) - KEYS
         assert not unknown, f"{folder.name}/{name}: unknown keys {unknown}"
-        run(self, name, {**data, "facts": expanded(data.get("facts", {})), "kwargs": expanded(data.get("kwargs", {}))})
+        whole = {**data, "facts": expanded(data.get("facts", {})), "kwargs": expanded(data.get("kwargs", {}))}
+        with patch.object(FakeHost, "connector", SimpleNamespace(assumed=data.get("assumed", False))):
+            run(self, name, whole)
 
     tests._test = expanded_test
     return tests

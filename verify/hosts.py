@@ -46,6 +46,8 @@ class StrictBackend(ParamikoBackend):
         super().__init__(machine.ssh_hostname)
         self.machine = machine
         self.limit_s = 60.0
+        #: What the next command reads: who can list processes sees its words, and nobody this.
+        self.stdin = b""
 
     @functools.cached_property
     def client(self) -> paramiko.SSHClient:
@@ -74,6 +76,8 @@ class StrictBackend(ParamikoBackend):
         channel = transport.open_session(timeout=CONNECT_S)
         channel.settimeout(self.limit_s)
         channel.exec_command(command)
+        channel.sendall(self.stdin)
+        channel.shutdown_write()
         stdout = b"".join(channel.makefile("rb"))
         stderr = b"".join(channel.makefile_stderr("rb"))
         return channel.recv_exit_status(), stdout, stderr
@@ -103,8 +107,12 @@ class Connection:
             self._refused = refusal(self.machine, error)
             raise self._refused from error
 
-    def read(self, script: Path, arguments: dict[str, Any], limit_s: float = 60.0) -> dict[str, Any]:
+    def read(
+        self, script: Path, arguments: dict[str, Any], limit_s: float = 60.0, secret: object = None
+    ) -> dict[str, Any]:
         """Run a Python script of ours on the host, as root, and return the JSON object that it prints.
+
+        `secret` goes over its standard input, as JSON, and so into no list of processes.
 
         Raises:
             Unreachable: no connection.
@@ -115,6 +123,7 @@ class Connection:
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
         self._backend.limit_s = limit_s
+        self._backend.stdin = b"" if secret is None else json.dumps(secret).encode()
         what = f"{script.parent.name} of {self.machine.name}"
         try:
             answer = self.host.run(shlex.join(command))

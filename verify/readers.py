@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from inventory import Guest, Lab, Node, sharing
+from inventory.access import milvus_name, tenants_of, token
 from inventory.packages import TOOLKIT
+from inventory.secrets import Secrets
 from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
-from verify.containers import access
+from verify.containers import access, indexes
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
 
@@ -27,6 +29,7 @@ SUBJECTS = (
     "system",
     "nvidia",
     "containers",
+    "milvus",
     "pytorch",
     "ollama_load",
     "ports",
@@ -47,6 +50,8 @@ PORT_S = 2.0
 DISTURB_S = 300.0
 #: Seconds for a model to come from the disk into the GPU's memory.
 LOAD_S = 300.0
+#: Seconds for Milvus to be asked everything: each answer has a limit of its own.
+MILVUS_S = 60.0
 #: Seconds for a job of PyTorch that only says what it sees.
 JOB_S = 150.0
 
@@ -65,6 +70,7 @@ class Readers:
             "system": self._system,
             "nvidia": self._nvidia,
             "containers": self._containers,
+            "milvus": self._milvus,
             "pytorch": self._pytorch,
             "ollama_load": self._ollama_load,
             "ports": self._ports,
@@ -173,6 +179,26 @@ class Readers:
         able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
         arguments = {"image": service.image, "tenant": able[0] if able else None}
         return self._connection(guest).read(ROOM / "containers/pytorch_remote.py", arguments, limit_s=JOB_S)
+
+    def _milvus(self, guest: Guest) -> dict[str, Any]:
+        """With the passwords that the lab's secrets have now, as users are told them."""
+        service = guest.services.milvus
+        if service is None:
+            raise Unreadable(f"{guest.name} declares no Milvus")
+        kept, cluster = Secrets(guest.state), self._lab.node_of(guest).cluster_name
+        tenants = tenants_of(guest, "milvus")
+        passwords = {milvus_name(each): kept.get(cluster, token("milvus", each), guest.name) for each in tenants}
+        arguments = {
+            "port": service.port,
+            "metrics_port": service.metrics_port,
+            "databases": {milvus_name(each): indexes.to_be_searched(service, each) for each in tenants},
+        }
+        return self._connection(guest).read(
+            ROOM / "containers/milvus_remote.py",
+            arguments,
+            limit_s=MILVUS_S,
+            secret={"root": kept.get(cluster, "milvus.root", guest.name), **passwords},
+        )
 
     def _ollama_load(self, guest: Guest) -> dict[str, Any]:
         ollama = guest.services.ollama

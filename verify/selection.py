@@ -33,7 +33,7 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
     """The hosts among `chosen` that checks of a kind are for.
 
     `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `mps` those of them that
-    share it with MPS and `no_mps` the others, `ollama` and `pytorch` those that run it, `backups` those with
+    share it with MPS and `no_mps` the others, `ollama`, `milvus` and `pytorch` those that run it, `backups` those with
     declared backups, `services` those that serve any, `access` those whose proxy lets tenants in to one, `healing`
     those of them that look after them, `docker` those with a GPU and Docker, `gpu_containers` those on which verify
     can start a container with the GPU: with Ollama's image, or with Podman, which needs none.
@@ -55,6 +55,8 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [guest.name for guest in guests if guest.backup is not None]
         case "ollama":
             return [guest.name for guest in guests if guest.services.ollama is not None]
+        case "milvus":
+            return [guest.name for guest in guests if guest.services.milvus is not None]
         case "pytorch":
             return [guest.name for guest in guests if guest.services.pytorch is not None]
         case "services":

@@ -14,6 +14,7 @@ from rehearsal import host
 from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed
 
+from . import milvus
 from .fault import GUEST, Act, Fault, R, S, Words, both, sh
 
 
@@ -167,10 +168,5 @@ FAULTS = [
         says="ollama: a container of that name is not gpulab's",
         mend=sh("docker rm --force ollama"),
     ),
-    Fault(
-        "the data disk taken away",
-        S,
-        sh("umount --lazy /srv/data"),
-        checks=("system.data_disk", "containers.ollama.running"),
-    ),
+    *milvus.FAULTS,
 ]

@@ -15,7 +15,10 @@ from inventory import GpulabError
 #: A container of ours without GPU, which the engine starts by itself at its own start. The other one it does not.
 PROBE = "probe"
 #: What verify says while the disk is away.
-AWAY = {"system.data_disk", "containers.ollama.running", "containers.ollama.storage"}
+AWAY = {
+    "system.data_disk",
+    *(f"containers.{service}.{name}" for service in ("milvus", "ollama") for name in ("running", "storage")),
+}
 
 
 def running(deployed: Any) -> list[str]:
@@ -96,7 +99,7 @@ def test_services_stop_when_the_disk_is_unmounted_and_start_when_it_is_back(depl
     assert running(deployed) == []
 
     deployed.on("gpu01", "systemctl", "start", "srv-data.mount")
-    eventually(deployed, ["ollama", probe])
+    eventually(deployed, ["milvus", "ollama", probe])
     assert models(deployed) == kept
 
 

@@ -39,14 +39,14 @@ def unpacked(pin: str, root: Path) -> Path:
 
 
 @contextlib.contextmanager
-def network() -> Iterator[list[str]]:
+def network(name: str = NETWORK) -> Iterator[list[str]]:
     """Words before a command that runs it where nothing but a loopback device is: Milvus binds wildcard addresses."""
-    subprocess.run(["ip", "netns", "add", NETWORK], check=True)
+    subprocess.run(["ip", "netns", "add", name], check=True)
     try:
-        subprocess.run(["ip", "-n", NETWORK, "link", "set", "lo", "up"], check=True)
-        yield ["ip", "netns", "exec", NETWORK]
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield ["ip", "netns", "exec", name]
     finally:
-        subprocess.run(["ip", "netns", "delete", NETWORK], check=True)
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 @contextlib.contextmanager

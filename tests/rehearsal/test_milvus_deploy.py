@@ -249,6 +249,25 @@ def test_rights_that_were_taken_are_given_back(lab: Lab) -> None:
     assert lab.differences(milvus(), PASSWORDS) == []
 
 
+def test_rights_too_many_are_taken_away(lab: Lab) -> None:
+    assert lab.apply(milvus(), PASSWORDS).returncode == 0
+    given = (
+        "A.grant_privilege('gpulab_x_ray', 'Collection', 'Query', 'spectra', db_name='astro')\n"
+        "A.grant_privilege('gpulab_x_ray', 'Global', 'CreateOwnership', '*', db_name='x_ray')\n"
+        "A.grant_role('x_ray', 'admin')"
+    )
+    assert lab.tenant(given, "root", ROOT, "default") == ""
+    assert lab.differences(milvus(), PASSWORDS) == [
+        "role gpulab_x_ray: - Collection.Query of spectra in database astro",
+        "role gpulab_x_ray: - Global.CreateOwnership of * in database x_ray",
+        "user x_ray: - role admin",
+    ]
+
+    assert lab.apply(milvus(), PASSWORDS).returncode == 0
+    assert lab.differences(milvus(), PASSWORDS) == []
+    assert "permission deny to x_ray" in lab.tenant("A.query('spectra', filter='id > 0')", "x_ray", XRAY, "astro")
+
+
 def test_users_that_nobody_declares_go_and_their_databases_stay(lab: Lab) -> None:
     assert lab.apply(milvus(), PASSWORDS).returncode == 0
     less = {"root": ROOT, "astro": ASTRO}

@@ -29,7 +29,7 @@ RIGHT: dict[str, Any] = {
     "logins": {"root": True, "astro_x": True},
     "databases": ["default", "astro_x"],
     "users": ["root", "astro_x"],
-    "roles": {"gpulab_astro_x": {"users": ["astro_x"], "missing": []}},
+    "roles": {"gpulab_astro_x": {"users": ["astro_x"], "missing": [], "excess": []}},
     "collections": {"astro_x": {"spectra": {"dimension": 8, "index": INDEX, "loaded": True, "rows": 3}}},
 }
 
@@ -53,7 +53,7 @@ def spectra(**keys: Any) -> dict[str, Any]:
         ({"digests": {**PASSWORDS.digests, "root": "other"}}, ["user root: new password"]),
         ({"roles": {}}, ["role gpulab_astro_x: absent -> all rights in database astro_x"]),
         (
-            {"roles": {"gpulab_astro_x": {"users": [], "missing": ["Collection.*"]}}},
+            {"roles": {"gpulab_astro_x": {"users": [], "missing": ["Collection.*"], "excess": []}}},
             ["role gpulab_astro_x: + Collection.*", "role gpulab_astro_x: + user astro_x"],
         ),
         ({"collections": {"astro_x": {}}}, ["collection astro_x.spectra: absent -> 8 dimensions, HNSW"]),
@@ -79,7 +79,10 @@ def test_another_dimension_is_refused() -> None:
 
 
 def test_users_that_nobody_declares_are_those_with_a_role_of_ours() -> None:
-    roles = {"gpulab_old": {"users": ["old"], "missing": []}, "admin": {"users": ["root", "somebody"], "missing": []}}
+    roles = {
+        "gpulab_old": {"users": ["old"], "missing": [], "excess": []},
+        "admin": {"users": ["root", "somebody"], "missing": [], "excess": []},
+    }
 
     assert wanted.undeclared({"roles": roles}, USERS) == ["old"]
 

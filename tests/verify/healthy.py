@@ -98,7 +98,16 @@ GUEST: dict[str, Any] = {
             ],
             "host_memory_mib": 8192,
         },
-        "milvus": {"image": f"milvusdb/milvus@{DIGEST}", "memory_budget_mib": 1024, "pool_init_mib": 256},
+        "milvus": {
+            "image": f"milvusdb/milvus@{DIGEST}",
+            "memory_budget_mib": 1024,
+            "pool_init_mib": 256,
+            "indexes": {
+                "sky": {"type": "GPU_CAGRA", "adapt_for_cpu": True, "ef": 128},
+                "flat": {"type": "HNSW", "metric": "COSINE"},
+            },
+            "collections": [{"name": "spectra", "tenant": "astro", "dimension": 128, "index": "sky"}],
+        },
         "pytorch": {"image": f"pytorch/pytorch@{DIGEST}", "lock": LOCK},
     },
 }
@@ -369,6 +378,7 @@ def healthy() -> dict[str, Any]:
             },
         },
         "access": reached(),
+        "milvus": searched(),
         "pytorch": {"digests": [f"pytorch/pytorch@{DIGEST}"], "simulated": [], "job": torch_job()},
         "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
@@ -460,6 +470,60 @@ def served(image: str, folder: str, *ports: int, memory_mib: int | None = None) 
         "nvidia_smi": "GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)",
         "gpus": ["GPU 0: NVIDIA RTX A4000 (UUID: GPU-1)"],
     }
+
+
+def told(status: str = "OK", said: str = "", **keys: Any) -> dict[str, Any]:
+    """What Milvus said to a request."""
+    return {"status": status, "said": said, **keys}
+
+
+def searched() -> dict[str, Any]:
+    """Milvus with two tenants and a collection, as the guest's script describes it."""
+    attempts = ("read", "search", "insert", "make collections", "drop collections")
+    denied = {what: told("PERMISSION_DENIED", "permission deny") for what in attempts}
+    tenant = {
+        "login": told(),
+        "own": {what: told("REFUSED", "collection not found") for what in attempts},
+        "managing": {
+            what: told("PERMISSION_DENIED", "permission deny")
+            for what in ("list users", "make users", "make databases")
+        },
+    }
+    graph = {"intermediate_graph_degree": "128", "graph_degree": "64", "build_algo": "IVF_PQ"}
+    graph |= {"cache_dataset_on_device": "false", "adapt_for_cpu": "true"}
+    spectra = {
+        "told": told(),
+        "dimension": 128,
+        "loaded": True,
+        "rows": 10_000,
+        "index": {"index_type": "GPU_CAGRA", "metric_type": "L2", **graph},
+        "search": told(seconds=0.004, found=100),
+    }
+    strangers = ("nobody", "root with Milvus' first password", "root with a wrong password", "a user that nobody has")
+    return {
+        "error": "",
+        "health": "OK",
+        "unguarded": [],
+        "version": "2.6.10",
+        "root": told(),
+        "strangers": {who: told("UNAUTHENTICATED", "auth check failure") for who in strangers},
+        "tenants": {name: {**copy.deepcopy(tenant), "roles": [f"gpulab_{name}"]} for name in ("astro", "ml")},
+        "foreign": {
+            "astro in ml": dict(denied),
+            "ml in astro": {**denied, "read spectra": told("PERMISSION_DENIED", "permission deny")},
+        },
+        "collections": {"astro.spectra": spectra},
+        "profiles": {
+            "sky": {
+                "index_type": "GPU_CAGRA", "metric_type": "L2", "params": {**graph, "graph_degree": 64},
+                "search": {"ef": 128}, "top_k": 100,
+            },
+            "flat": {
+                "index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200},
+                "search": {"ef": 128}, "top_k": 100,
+            },
+        },
+    }  # fmt: skip
 
 
 def let_in(status: int = 200, **keys: Any) -> dict[str, Any]:

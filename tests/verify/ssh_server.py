@@ -47,7 +47,8 @@ class Session(paramiko.ServerInterface):
 
     @staticmethod
     def execute(channel: paramiko.Channel, command: bytes) -> None:
-        done = subprocess.run(command, shell=True, capture_output=True)
+        given = channel.makefile("rb").read()
+        done = subprocess.run(command, shell=True, input=given, capture_output=True)
         channel.sendall(done.stdout)
         channel.sendall_stderr(done.stderr)
         channel.send_exit_status(done.returncode)

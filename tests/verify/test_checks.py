@@ -30,6 +30,7 @@ from tests.verify.healthy import (
     specification,
     stored,
     tags,
+    told,
     verify,
 )
 
@@ -75,7 +76,15 @@ OF_LOADED = {f"containers.ollama.{name}" for name in LOADED}
 #: One of each kind: its own, of the budget, of the way of sharing.
 SETTINGS = ("OLLAMA_CONTEXT_LENGTH", "OLLAMA_NO_CLOUD", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "CUDA_MPS_PIPE_DIRECTORY")
 OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu", *LOADED, "settings"]}
-MILVUS = {f"containers.milvus.{name}" for name in WHILE}
+#: What Milvus has to answer for.
+OF_MILVUS = {
+    f"containers.milvus.{name}"
+    for name in ("authorization", "tenants", "isolation", "collections", "indexes", "answers")
+}
+#: What a tenant that does not get in cannot tell.
+OF_TENANT = {f"containers.milvus.{name}" for name in ("isolation", "collections", "indexes", "answers")}
+OF_COLLECTION = {"containers.milvus.indexes", "containers.milvus.answers"}
+MILVUS = {"containers.milvus.healthy", *OF_MILVUS, *(f"containers.milvus.{name}" for name in WHILE)}
 ENGINE = {
     "containers.cdi",
     "containers.engine.version",
@@ -117,6 +126,7 @@ EACH_SERVICE: list[tuple[str, str, Any]] = [
 ]
 STRANGERS = "access.services.ollama.answers.strangers"
 TENANTS = "access.services.ollama.answers.tenants"
+SPECTRA = "milvus.collections.astro~spectra"
 TOKENS = {f"containers.ollama.{name}" for name in ["token.required", "token.accepted", "managing"]}
 DOOR = TOKENS | {"containers.ollama.tls", "containers.milvus.tls"}
 
@@ -438,6 +448,40 @@ CASES: list[Case] = [
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": [ps_entry(0)]}}, set()),
     ("containers.ollama.gpu", "ollama_load.ps", {"json": {"models": []}}, {"containers.ollama.context"}),
     ("containers.ollama.gpu", "ollama_load.load", {"error": "HTTP 500: out of memory"}, OF_LOADED),
+    ("containers.milvus.healthy", "milvus.health", "component rootcoord state is Abnormal", OF_MILVUS),
+    ("containers.milvus.healthy", "milvus.error", "/opt/gpulab/milvus-tools has no driver", OF_MILVUS),
+    *[
+        ("containers.milvus.authorization", f"milvus.strangers.{who}", told(), set())
+        for who in ("nobody", "root with Milvus' first password", "root with a wrong password")
+    ],
+    ("containers.milvus.authorization", "milvus.strangers.nobody", told("REFUSED", "no such database"), set()),
+    ("containers.milvus.authorization", "milvus.unguarded", ["/api/v1/collections"], set()),
+    ("containers.milvus.authorization", "milvus.root", told("UNAUTHENTICATED", "auth check failure"), set()),
+    ("containers.milvus.tenants", "milvus.tenants.astro.login", told("UNAUTHENTICATED", "auth check"), OF_TENANT),
+    (
+        "containers.milvus.tenants",
+        "milvus.tenants.ml.login",
+        told("", "the lab has no such password"),
+        {"containers.milvus.isolation"},
+    ),
+    ("containers.milvus.tenants", "milvus.tenants.ml.own.insert", told("PERMISSION_DENIED"), set()),
+    ("containers.milvus.tenants", "milvus.tenants.ml.roles", [], set()),
+    ("containers.milvus.tenants", "milvus.tenants.ml.roles", ["admin", "gpulab_ml"], set()),
+    ("containers.milvus.isolation", "milvus.tenants.ml.managing.make users", told("REFUSED", "invalid name"), set()),
+    ("containers.milvus.isolation", "milvus.foreign.astro in ml.insert", told("REFUSED", "not found"), set()),
+    ("containers.milvus.isolation", "milvus.foreign.ml in astro.read spectra", told(), set()),
+    ("containers.milvus.collections", f"{SPECTRA}.told", told("REFUSED", "collection not found"), OF_COLLECTION),
+    ("containers.milvus.collections", f"{SPECTRA}.dimension", 64, set()),
+    ("containers.milvus.indexes", f"{SPECTRA}.index", None, set()),
+    # What a server without a GPU can have in its place.
+    ("containers.milvus.indexes", f"{SPECTRA}.index", {"index_type": "HNSW", "metric_type": "L2"}, set()),
+    ("containers.milvus.indexes", f"{SPECTRA}.index.metric_type", "IP", set()),
+    ("containers.milvus.indexes", f"{SPECTRA}.index.graph_degree", "32", set()),
+    ("containers.milvus.profiles", "milvus.profiles", None, set()),
+    ("containers.milvus.profiles", "milvus.profiles.sky.search", {"itopk_size": 128}, set()),
+    ("containers.milvus.profiles", "milvus.profiles.other", {"index_type": "HNSW"}, set()),
+    ("containers.milvus.answers", f"{SPECTRA}.search", told("REFUSED", "no", seconds=0.1, found=0), set()),
+    ("containers.milvus.answers", f"{SPECTRA}.search.seconds", 2.1, set()),
     ("containers.pytorch.image", "pytorch.digests", [], set()),
     ("containers.pytorch.job", "pytorch.job", {"status": 125, "saw": None, "said": "no such device"}, SEEN_BY_JOBS),
     ("containers.pytorch.job", "pytorch.job.status", 1, set()),
@@ -936,3 +980,44 @@ def test_guest_with_podman_has_its_own_checks(tmp_path: Path) -> None:
     observations["containers"]["engine"]["version"] = "5.0.3"
     old = verify(lab_file(tmp_path, guest=guest), plugin=Doctored(observations))
     assert "Podman 5.0.3, expected 5.1 or newer" in old.result("containers.engine.version")["message"]
+
+
+def test_collection_that_was_released_answers_no_search(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["milvus"]["collections"]["astro.spectra"] |= {"loaded": False, "search": None, "rows": None}
+
+    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+
+    assert run.ids("fail") == {"containers.milvus.collections"}
+    assert "astro.spectra is not in memory" in run.result("containers.milvus.collections")["message"]
+    assert run.ids("not run") == {"containers.milvus.answers"}
+
+
+def test_what_milvus_holds_is_told(tmp_path: Path) -> None:
+    observations = healthy()
+    assert (
+        "astro.spectra: 100 found in 4 ms"
+        in verify(lab_file(tmp_path), "-k", "milvus", plugin=Doctored(observations)).result(
+            "containers.milvus.answers"
+        )["message"]
+    )
+    observations["milvus"]["collections"]["astro.spectra"] |= {"rows": 0, "search": told(seconds=0.004, found=0)}
+
+    run = verify(lab_file(tmp_path), "-k", "milvus", plugin=Doctored(observations))
+
+    assert run.ids("fail", "not run") == set()
+    assert run.result("containers.milvus.answers")["message"] == "astro.spectra: empty in 4 ms"
+    assert run.result("containers.milvus.collections")["message"] == "astro.spectra: 0 rows"
+
+
+def test_milvus_without_tenants_has_no_rights_to_check(tmp_path: Path) -> None:
+    observations = healthy()
+    observations["milvus"] |= {"tenants": {}, "foreign": {}, "collections": {}, "profiles": {}}
+    milvus = {key: GUEST["services"]["milvus"][key] for key in ("image", "memory_budget_mib", "pool_init_mib")}
+    tenants = [{**each, "services": ["ollama"]} for each in GUEST["tenants"]]
+    guest = {"services": {"milvus": milvus, "ollama": GUEST["services"]["ollama"]}, "tenants": tenants}
+
+    run = verify(lab_file(tmp_path, guest=guest), "-k", "containers.milvus", plugin=Doctored(observations))
+
+    assert {"containers.milvus.tenants", "containers.milvus.isolation"} <= run.ids("pass")
+    assert run.result("containers.milvus.tenants")["message"] == "no tenant may use it"

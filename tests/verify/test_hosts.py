@@ -6,12 +6,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import pytest
 
 import inventory
 from inventory import Node
+from inventory.secrets import Secrets
 from tests.verify.healthy import lab_file, verify
 from tests.verify.ssh_server import SshServer
 from verify.hosts import Connection, Unreachable, Unreadable
@@ -58,6 +60,18 @@ def test_pinned_host_is_read_over_one_connection(tmp_path: Path, server: SshServ
     assert connection.read(echo, given) == {"given": given}
     assert connection.read(echo, {})["given"] == {}
     assert server.connections == 1
+    connection.close()
+
+
+def test_secrets_go_over_stdin_and_to_one_read_alone(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    echo = script(tmp_path, "import json, sys\nprint(json.dumps({'stdin': sys.stdin.read(), 'words': sys.orig_argv}))")
+
+    found = connection.read(echo, {}, secret={"root": "hidden"})
+
+    assert found["stdin"] == '{"root": "hidden"}'
+    assert not [word for word in found["words"] if "hidden" in word]
+    assert connection.read(echo, {})["stdin"] == ""
     connection.close()
 
 
@@ -151,6 +165,30 @@ def test_scripts_run_over_ssh_as_they_are_sent(tmp_path: Path, server: SshServer
     assert found["cmdline"] and found["kernel"]
     assert found["pve_version"] == ""
     readers.close()
+
+
+def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = inventory.load(lab_file(tmp_path))
+    kept = Secrets(lab.guests["gpu01"].state)
+    root = kept.once("pve1", "milvus.root", "gpu01")
+    astro = kept.once("pve1", "milvus.astro", "gpu01")
+    asked: list[tuple[str, dict[str, Any], Any]] = []
+
+    def read(self: Connection, file: Path, arguments: dict[str, Any], limit_s: float, secret: object) -> dict[str, Any]:
+        asked.append((file.name, arguments, secret))
+        return {}
+
+    monkeypatch.setattr(Connection, "read", read)
+    Readers(lab).read("gpu01", "milvus")
+
+    ((name, arguments, secret),) = asked
+    assert name == "milvus_remote.py"
+    assert secret == {"root": root, "astro": astro, "ml": None}
+    assert root not in str(arguments) and astro not in str(arguments)
+    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"ef": 128}}
+    assert arguments["databases"] == {"astro": {"spectra": search}, "ml": {}}
 
 
 def test_run_against_a_host_that_is_down_names_the_reason(

@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import gzip
+import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from verify.containers import disturb as disturbance
+from verify.containers import milvus_remote
 from verify.containers import remote as containers
 from verify.hypervisor import remote as hypervisor
 from verify.nvidia import remote as nvidia
@@ -1136,3 +1143,96 @@ def test_jobs_and_backups_are_read_through_pvesh(monkeypatch: pytest.MonkeyPatch
     else:
         assert (found["job"], found["backups"], found["meta"]) == (None, [], None)
         assert found["error"] == "Configuration file 'x' does not exist"
+
+
+# Milvus. What the real server answers: tests/rehearsal/test_milvus_verify.py.
+
+
+class Metrics(http.server.BaseHTTPRequestHandler):
+    """The port of Milvus' metrics."""
+
+    answers: dict[str, tuple[int, str]] = {}
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status, text = self.answers.get(self.path, (404, "404 page not found"))
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *words: Any) -> None:
+        """Not into the tests' output."""
+
+
+@pytest.fixture
+def metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(Metrics, "answers", {"/healthz": (200, "OK")})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_milvus_tells_its_health_and_what_else_it_tells_everybody(metrics: int) -> None:
+    assert (milvus_remote.health(metrics), milvus_remote.open_without_login(metrics)) == ("OK", [])
+
+    Metrics.answers = {"/healthz": (500, "rootcoord is abnormal"), "/api/v1/collections": (200, "{}")}
+    assert milvus_remote.health(metrics) == "rootcoord is abnormal"
+    assert milvus_remote.open_without_login(metrics) == ["/api/v1/collections"]
+
+    Metrics.answers = {"/healthz": (503, "")}
+    assert milvus_remote.health(metrics) == "HTTP 503"
+    assert "refused" in milvus_remote.health(9)
+
+
+def test_index_parameters_are_texts_in_either_form() -> None:
+    def pairs(**keys: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(key=key, value=value) for key, value in keys.items()]
+
+    expected = {"index_type": "HNSW", "M": "16"}
+    assert milvus_remote.parameters(pairs(index_type="HNSW", M="16")) == expected
+    assert milvus_remote.parameters(pairs(index_type="HNSW", params='{"M": 16}')) == expected
+    assert milvus_remote.parameters(pairs(index_type="HNSW", params="none")) == {"index_type": "HNSW"}
+
+
+@pytest.mark.parametrize(("text", "found"), [('{"sky": {}}', {"sky": {}}), ("[]", None), ("{", None), (None, None)])
+def test_profiles_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, found: object) -> None:
+    path = tmp_path / "milvus.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(milvus_remote, "PROFILES", str(path))
+
+    assert milvus_remote.profiles() == found
+
+
+#: Asked nothing, it says what it was started with.
+OTHER_PYTHON = """\
+#!/bin/sh
+printf '{"words": "%s %s", "given": %s}' "$1" "$2" "$(cat)"
+"""
+
+
+def without_driver(folder: Path, tools: Path) -> dict[str, Any]:
+    """What the program prints when it is run by a Python that has the standard library alone."""
+    script = Path(milvus_remote.__file__).read_text().replace(milvus_remote.TOOLS, str(tools))
+    words = [sys.executable, "-I", "-S", "-c", script.replace(milvus_remote.PROFILES, str(folder / "none"))]
+    arguments = json.dumps({"port": 9, "metrics_port": 9, "databases": {}})
+    done = subprocess.run([*words, arguments], input='{"root": "hidden"}', capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_milvus_is_asked_with_the_tools_own_python(tmp_path: Path) -> None:
+    tools = put(tmp_path, "bin/python", OTHER_PYTHON)
+    tools.chmod(0o755)
+
+    assert without_driver(tmp_path, tools) == {"words": "-I -S", "given": {"root": "hidden"}}
+
+
+def test_guest_without_the_tools_says_so(tmp_path: Path) -> None:
+    found = without_driver(tmp_path, tmp_path / "bin/python")
+
+    assert found["error"] == f"{tmp_path}/bin/python has no driver of Milvus"
+    assert "refused" in found["health"]
+    assert (found["strangers"], found["tenants"], found["profiles"]) == ({}, {}, None)

@@ -119,6 +119,9 @@ def settings(service: Milvus, storage_key: str) -> dict[str, Any]:
             },
         },
         "localStorage": {"path": f"{DATA}/data"},
+        # Its other HTTP API, which is on the metrics' port too, and asks nobody there for a login (until 2.6.10) or for
+        # rights (all versions).
+        "proxy": {"http": {"enabled": False}},
         "mq": {"type": "rocksmq"},
         "rocksmq": {"path": f"{DATA}/rdb_data"},
         # Nothing listens with these; they stand in the place of the published minioadmin.

@@ -99,7 +99,14 @@ def differences(
             lines.append(f"role {ROLE}{name}: absent -> all rights in database {name}")
         else:
             lines += [f"role {ROLE}{name}: + {right}" for right in role["missing"]]
+            lines += [
+                f"role {ROLE}{name}: - {each['object_type']}.{each['privilege']} of {each['object_name']} in database "
+                f"{each['db_name']}"
+                for each in role["excess"]
+            ]
             lines += [f"role {ROLE}{name}: + user {name}"] if name not in role["users"] else []
+        others = [other for other, each in found["roles"].items() if name in each["users"] and other != ROLE + name]
+        lines += [f"user {name}: - role {other}" for other in sorted(others)]
     for each in wanted:
         lines += _of_collection(found["collections"].get(each["database"], {}).get(each["name"]), each, where)
     return lines

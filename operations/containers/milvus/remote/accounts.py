@@ -4,7 +4,7 @@
 import time
 from typing import Any
 
-from operations.containers.milvus.remote.client import DEFAULT, RIGHTS, ROLE, connect, kept, logs_in, rights, words
+from operations.containers.milvus.remote.client import DEFAULT, ROLE, beyond, connect, kept, lacking, logs_in, words
 
 
 class Failed(Exception):
@@ -54,25 +54,28 @@ def accounts(root: Any, uri: str, databases: list[str], passwords: dict[str, str
         if role not in roles:
             root.create_role(role)
         unknown += grant(root, role, name)
-        if role not in root.describe_user(name).get("roles", ()):
+        for each in beyond(root, role, name):
+            root.revoke_privilege(role, each["object_type"], each["privilege"], each["object_name"], each["db_name"])
+        had = root.describe_user(name).get("roles", ())
+        for other in had:
+            if other != role:
+                root.revoke_role(name, other)
+        if role not in had:
             root.grant_role(name, role)
     return sorted(set(unknown))
 
 
 def grant(root: Any, role: str, database: str) -> list[str]:
     """All rights in one database; those that the server has no word for."""
-    had, unknown = rights(root, role, database), []
-    if "Collection.*" not in had:
-        root.grant_privilege(role, "Collection", "*", "*", db_name=database)
-    for right in RIGHTS:
-        if f"Global.{right}" in had:
-            continue
+    unknown = []
+    for right in lacking(root, role, database):
+        kind, _, name = right.partition(".")
         try:
-            root.grant_privilege(role, "Global", right, "*", db_name=database)
+            root.grant_privilege(role, kind, name, "*", db_name=database)
         except Exception as error:
-            if "privilege" not in words(error).lower():
+            if kind == "Collection" or "privilege" not in words(error).lower():
                 raise
-            unknown.append(f"Global.{right}")
+            unknown.append(right)
     return unknown
 
 

@@ -83,10 +83,21 @@ def words(error: Exception) -> str:
     return str(getattr(error, "message", error)).splitlines()[0]
 
 
-def rights(client: Any, role: str, database: str) -> set[str]:
-    """What a role may do in a database: `Collection.*` and the like."""
+def lacking(client: Any, role: str, database: str) -> list[str]:
+    """What a tenant's role lacks of all that it should be allowed in its database: `Collection.*` and the like."""
     found = client.describe_role(role_name=role, db_name=database)["privileges"]
-    return {f"{item['object_type']}.{item['privilege']}" for item in found}
+    had = {f"{item['object_type']}.{item['privilege']}" for item in found}
+    return [right for right in ("Collection.*", *(f"Global.{name}" for name in RIGHTS)) if right not in had]
+
+
+def beyond(client: Any, role: str, database: str) -> list[dict[str, str]]:
+    """What a tenant's role may do beyond its own database, or to users, roles and databases: no run gives it that."""
+    found = []
+    for name in sorted({*client.list_databases(), "*"}):
+        for item in client.describe_role(role_name=role, db_name=name)["privileges"]:
+            if name != database or (item["object_type"] == "Global" and item["privilege"] not in RIGHTS):
+                found.append({key: str(item[key]) for key in ("object_type", "privilege", "object_name", "db_name")})
+    return found
 
 
 def described(client: Any, name: str) -> dict[str, Any]:

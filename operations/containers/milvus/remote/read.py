@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from operations.containers.milvus.remote.client import RIGHTS, ROLE, connect, described, kept, logs_in, rights, words
+from operations.containers.milvus.remote.client import ROLE, beyond, connect, described, kept, lacking, logs_in, words
 from operations.remote.common import answer, text
 
 
@@ -26,8 +26,8 @@ def read(uri: str, tools: str, profiles: str, databases: dict[str, list[str]]) -
         "collections": {},
     }
     passwords = logins.get("passwords", {})
-    # Less those that this server's version has no word for.
-    wanted = {"Collection.*", *(f"Global.{right}" for right in RIGHTS)} - set(logins.get("unknown", []))
+    # Rights that this server's version has no word for.
+    unknown = set(logins.get("unknown", []))
     try:
         import pymilvus  # noqa: F401
 
@@ -44,13 +44,13 @@ def read(uri: str, tools: str, profiles: str, databases: dict[str, list[str]]) -
         roles = list(root.list_roles())
         for name in found["users"]:
             for role in root.describe_user(name).get("roles", ()):
-                found["roles"].setdefault(role, {"users": [], "missing": []})["users"].append(name)
+                found["roles"].setdefault(role, empty_role())["users"].append(name)
         for database, names in databases.items():
             found["logins"][database] = logs_in(uri, database, passwords.get(database), database)
             if ROLE + database in roles:
-                role = found["roles"].setdefault(ROLE + database, {"users": [], "missing": []})
-                had = rights(root, ROLE + database, database)
-                role["missing"] = sorted(wanted - had)
+                role = found["roles"].setdefault(ROLE + database, empty_role())
+                role["missing"] = sorted(set(lacking(root, ROLE + database, database)) - unknown)
+                role["excess"] = beyond(root, ROLE + database, database)
             if database in found["databases"]:
                 client = connect(uri, "root", passwords["root"], database)
                 there = set(client.list_collections())
@@ -58,6 +58,11 @@ def read(uri: str, tools: str, profiles: str, databases: dict[str, list[str]]) -
     except Exception as error:
         return {**found, "error": words(error)}
     return found
+
+
+def empty_role() -> dict[str, Any]:
+    """A role that nobody has; of a tenant's, also the rights that it lacks, and those that it should not have."""
+    return {"users": [], "missing": [], "excess": []}
 
 
 if __name__ == "__main__":
