@@ -60,7 +60,7 @@ def run(tenant: str) -> dict[str, Any]:
     """The job's exit status, what it said of itself (None: nothing), and the end of all that was said."""
     # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
-    words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", f"gpulab-verify-{os.getpid()}"]
+    words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", "gpulab-verify"]
     try:
         done = subprocess.run(
             [*words, "--", "python3", "-c", JOB], capture_output=True, text=True, env=environment, check=False
