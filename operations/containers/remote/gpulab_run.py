@@ -39,8 +39,8 @@ ENVIRONMENT = "/opt/gpulab/environment"
 HOOK = "/opt/gpulab/hook"
 #: Exit status of a job that took too long: timeout(1)'s.
 TIMED_OUT = 124
-#: The engine's for a container that it could not start, or has lost.
-ENGINE_FAILED = 125
+#: The engine's for a container that it could not start, or has lost, and for one that was ended by SIGKILL.
+ENGINE_FAILED, KILLED = 125, 137
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_S = 30
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONHASHSEED": "0", "GPULAB_TORCH_DETERMINISTIC": "1"}
@@ -443,14 +443,16 @@ class Job:
         watcher.start()
         try:
             status, end = self.relay(self.words)
-            lost = status == ENGINE_FAILED and b"docker: " in end
+            lost = status == ENGINE_FAILED and (b"docker: " in end or b"waiting for container" in end)
             while self.still_runs():
                 lost = False
                 self.remark("the engine was away, and the job goes on; what it said meanwhile may be lost")
                 words = ["docker", "attach", *([] if self.options.shell else ["--no-stdin"])]
                 status, _ = self.relay([*words, place(self.options.tenant)])
             if lost:
-                say("the container engine did not start the job, or has lost it; a deploy brings back what is missing")
+                self.remark("the container engine did not start the job, or has lost it; a deploy mends the guest")
+            elif status == KILLED and not self.ending.is_set():
+                self.remark("the job was killed: by hand, or for want of main memory")
         finally:
             self.over.set()
             self.told.put(0)
@@ -467,13 +469,13 @@ class Job:
         """End the container when its time is over or a signal has come."""
         try:
             number = self.told.get(timeout=self.limit_s)
-            why = f"{signal.Signals(number).name} ends" if number else ""
+            why = signal.Signals(number).name if number else ""
         except queue.Empty:
             self.late.set()
-            why = "the time limit ends"
+            why = "time limit"
         if why:
             self.ending.set()
-            say(f"{why} {self.options.name}: SIGTERM, after {GRACE_S} s SIGKILL")
+            say(f"{why}: {self.options.name} is told to end, and killed after {GRACE_S} s")
         # The engine may not have made it yet, or be away.
         while not self.over.is_set() and not stop(self.options.tenant):
             self.over.wait(1)
