@@ -502,6 +502,10 @@ class Job:
         said = False
         while True:
             try:
+                if not jobs(self.options.tenant):
+                    return False
+                # The engine lists one for a moment after its end.
+                time.sleep(1)
                 return bool(jobs(self.options.tenant))
             except Refused as error:
                 if self.ending.is_set():
