@@ -212,6 +212,9 @@ def test_user_runs_jobs_of_the_tenants_whose_groups_have_her(deployed: Deployed,
     deployed.on("gpu01", "usermod", "--append", "--groups", "gpulab-astro", ada)
     deployed.on("gpu01", *asks("--tenant astro --name hers -- true"))
     assert "user=ada" in log_of(deployed, "hers")
+    # What a job makes is hers, too.
+    deployed.on("gpu01", *asks("--tenant astro -- mkdir made"))
+    deployed.on("gpu01", "su", "-", ada, "-c", f"touch {TENANT}/made/file && rm -r {TENANT}/made")
     assert "ada is not in the group gpulab-ml (an admin: usermod" in refused(*asks("--tenant ml -- true"))
     assert "--tenant none: expected one of astro, ml" in refused(*asks("--tenant none -- true"))
     # She reads the logs of her tenant, sees its jobs alone, and ends no others.

@@ -154,13 +154,18 @@ def test_job_runs_with_its_tenants_share_and_its_log_says_so(
     assert "--read-only" in run
 
 
+def test_what_a_job_makes_its_group_may_change(gpulab: Callable[..., int], tmp_path: Path) -> None:
+    assert gpulab("--tenant", "astro", "--", "sh", "-c", f"mkdir {tmp_path}/made") == 0
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o775
+
+
 def test_workers_divide_the_share(settings: Settings) -> None:
     options = gpulab_run.parser().parse_args(["--tenant", "astro", "--workers", "2", "--", "python", "train.py"])
     options.name = "two"
     words = gpulab_run.container(settings, options, 60, 1)
     assert "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=0=2048M" in words
     assert f"GPULAB_TORCH_MEMORY_FRACTION={(2048 - 512) / 16376:.6f}" in words
-    assert words[words.index("IMAGE") + 1 :] == ["torchrun", "--standalone", "--nproc-per-node=2", "train.py"]
+    assert words[-4:] == ["torchrun", "--standalone", "--nproc-per-node=2", "train.py"]
     settings["environment"] = "/data/pytorch/environments/abc"
     words = gpulab_run.container(settings, options, 60, 1)
     assert "type=bind,source=/data/pytorch/environments/abc,target=/opt/gpulab/environment,readonly" in words

@@ -191,7 +191,10 @@ def script(command: list[str]) -> list[str]:
 
 
 def program(settings: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """What runs in the container. The image's own PATH stays behind the environment's programs."""
+    """What runs in the container. The image's own PATH stays behind the environment's programs.
+
+    What a job makes can be changed by the tenant's people, too: they are its group.
+    """
     if options.shell:
         # Its startup files would name a user that the image does not know.
         command = ["bash", "--norc"]
@@ -201,9 +204,8 @@ def program(settings: dict[str, Any], options: argparse.Namespace) -> list[str]:
             command = [f"{ENVIRONMENT}/bin/python", "-m", "torch.distributed.run", *command[1:]]
     else:
         command = options.command
-    if not settings["environment"]:
-        return command
-    return ["sh", "-c", f'PATH="{ENVIRONMENT}/bin:$PATH"; exec "$@"', "sh", *command]
+    path = f'PATH="{ENVIRONMENT}/bin:$PATH"; ' if settings["environment"] else ""
+    return ["sh", "-c", f'umask 002; {path}exec "$@"', "sh", *command]
 
 
 def inside(folder: str, path: str) -> str:
