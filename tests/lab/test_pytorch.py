@@ -251,6 +251,13 @@ def test_second_job_waits_or_is_refused(deployed: Deployed) -> None:
     assert "waiting: a job of astro runs" in second.stderr and "second" in second.stdout
 
 
+def test_container_that_never_started_is_not_in_the_way(deployed: Deployed) -> None:
+    image = json.loads(deployed.on("gpu01", "cat", "/etc/gpulab/pytorch.json"))["image"]
+    deployed.on("gpu01", "docker", "create", "--name", "gpulab-job-astro", image, "true")
+    deployed.on("gpu01", *RUN, "--", "true")
+    assert jobs(deployed) == ""
+
+
 def test_job_over_its_time_limit_ends(deployed: Deployed) -> None:
     began = time.monotonic()
     done = host.run("gpu01", [*RUN, "--time-limit", "2s", "--name", "late", "--", "sleep", "100"])

@@ -154,6 +154,13 @@ def test_job_runs_with_its_tenants_share_and_its_log_says_so(
     assert "--read-only" in run
 
 
+def test_container_that_never_started_is_not_in_the_way(gpulab: Callable[..., int], tmp_path: Path) -> None:
+    assert gpulab("--tenant", "astro", "--", "true") == 0
+    words = [each[0] for each in calls(tmp_path)]
+    assert words.index("ps") < words.index("rm") < words.index("run")
+    assert ["rm", "--force", "gpulab-job-astro"] in calls(tmp_path)
+
+
 def test_what_a_job_makes_its_group_may_change(gpulab: Callable[..., int], tmp_path: Path) -> None:
     assert gpulab("--tenant", "astro", "--", "sh", "-c", f"mkdir {tmp_path}/made") == 0
     assert (tmp_path / "made").stat().st_mode & 0o777 == 0o775

@@ -381,6 +381,8 @@ def turn(options: argparse.Namespace) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left = jobs(options.tenant)
                 if not left:
+                    # One that was made and never started would keep its name.
+                    subprocess.run(["docker", "rm", "--force", place(options.tenant)], capture_output=True, check=False)
                     break
                 if not options.no_wait:
                     say(f"ending {left[0]['name']}, whose gpulab-run is gone")
