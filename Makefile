@@ -8,7 +8,7 @@ LAB ?= inventory/lab.py
 FAULTS ?= tests/faults tests/api
 GUEST_MARK ?= faults
 LAB_TESTS ?= tests/lab
-GUEST_FAULTS := tests/faults/test_guest.py tests/faults/test_services.py
+GUEST_FAULTS := tests/faults/test_guest.py tests/faults/test_services.py tests/faults/test_jobs.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean

@@ -188,7 +188,7 @@ with run.of_host() as part:
                 },
                 client=sharing.client(guest),
                 lock=pytorch.lock,
-                index=guest.pip_index,
+                index=guest.pip_index(),
                 time_limit_h=pytorch.time_limit_h,
                 host_memory_mib=pytorch.host_memory_mib,
                 shm_mib=pytorch.shm_mib,
@@ -207,7 +207,7 @@ with run.of_host() as part:
             client=sharing.client(guest, budget_mib=service.memory_budget_mib) if guest.gpu else sharing.Client(),
             gpu=guest.gpu is not None,
             engine=guest.engine.kind,
-            index=guest.pip_index,
+            index=guest.pip_index(),
             prune=guest.prune,
             _ignore_errors=True,
         )

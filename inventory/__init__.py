@@ -227,6 +227,10 @@ def _check_lab(nodes: Mapping[str, Node], guests: Mapping[str, Guest]) -> list[s
             guest.registry_certificates()
         except OSError as error:
             problems.append(f"{guest.name}: registry_ca: {error.filename}: {error.strerror}; expected a PEM file")
+        try:
+            guest.pip_index()
+        except OSError as error:
+            problems.append(f"{guest.name}: python_index.ca: {error.filename}: {error.strerror}; expected a PEM file")
         problems += [f"{guest.name}: {problem}" for problem in access.problems(guest)]
         problems += _check_gpu(node, guest)
         problems += _check_spare(node, guest, nodes, guests)

@@ -608,10 +608,16 @@ class Guest(SshHost):
     def packages(self) -> Distribution:
         return DISTRIBUTIONS[self.distribution].of_branch(self.nvidia.branch)
 
-    @property
     def pip_index(self) -> tuple[str, str]:
-        """URL of pip's index and the PEM file of its CA; empty: pip's own."""
-        return (self.python_index.url, self.python_index.ca or "") if self.python_index else ("", "")
+        """URL of pip's index and the PEM text of its CA; empty: pip's own.
+
+        Raises:
+            OSError: the CA's file cannot be read.
+        """
+        if self.python_index is None:
+            return "", ""
+        ca = self.python_index.ca
+        return self.python_index.url, Path(ca).expanduser().read_text() if ca else ""
 
     def registry_certificates(self) -> dict[str, str]:
         """`registry_ca` with the PEM texts in place of the files.

@@ -51,6 +51,10 @@ OF_THE_GPU: Keys = {
 }
 
 
+#: Those that hold a job to its share, or tell it whose it is: gpulab-run sets them.
+OF_A_JOB = ("GPULAB_TENANT", "GPULAB_TORCH_MEMORY_FRACTION", "PYTHONPATH", "VIRTUAL_ENV")
+
+
 class Service(Model):
     """One container of ours: recreated exactly when its declaration changes."""
 
@@ -326,7 +330,7 @@ class PyTorch(Model):
     #: None: the image's alone.
     lock: str | None = None
     #: The longest that a job may run, hours; what `gpulab-run --time-limit` may ask for at most.
-    time_limit_h: float = Field(default=24, gt=0)
+    time_limit_h: float = Field(default=24, gt=0, le=24 * 366)
     #: Main memory of a job, MiB. None: no limit.
     host_memory_mib: int | None = Field(default=None, ge=64)
     #: /dev/shm of a job, MiB: data loaders pass batches through it.
@@ -340,6 +344,9 @@ class PyTorch(Model):
     def consistent(self) -> PyTorch:
         if "deterministic" in self.profiles:
             raise ValueError("another name than deterministic, which is gpulab's own profile")
+        for name, environment in self.profiles.items():
+            if wrong := sorted(environment.keys() & {*OF_THE_GPU, *OF_A_JOB}):
+                raise ValueError(f"no {', '.join(wrong)} in `profiles.{name}`: gpulab sets it")
         return self
 
 
@@ -407,6 +414,8 @@ def problems(guest: Guest) -> list[str]:
             if tenant.name in using
             and (tenant.name in MILVUS_RESERVED or len(tenant.name) > 32 or not tenant.name[0].isalpha())
         ]
+    if services.pytorch is not None and guest.engine.kind != "docker":
+        found.append(f"services.pytorch: expected `engine.kind` docker beside it, got {guest.engine.kind}")
     if services.pytorch is not None and not names:
         found.append("services.pytorch: expected `tenants` beside it: a job runs with a tenant's share")
     return found

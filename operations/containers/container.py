@@ -137,9 +137,7 @@ def record(spec: ContainerSpec, actions: Actions) -> None:
 def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
     """The commands. The image is there before the running container is touched."""
     if actions.pull:
-        image = quadlet.qualified(spec.image) if spec.engine == "podman" else spec.image
-        order = {"engine": spec.engine, "image": image, "every_s": PROGRESS_S}
-        yield Live(*_words(_PULL, order), explain=partial(_not_pulled, spec))
+        yield pull(spec.name, spec.image, spec.engine)
     if actions.replace or actions.start:
         secrets = [asdict(secret) for secret in spec.secret_files()]
         podman = spec.engine == "podman"
@@ -167,12 +165,19 @@ def _words(script: str, argument: Any) -> tuple[Any, ...]:
     return "python3", "-c", QuoteString(script.strip()), QuoteString(json.dumps(argument))
 
 
-def _not_pulled(spec: ContainerSpec, output: str) -> GpulabError:
+def pull(name: str, image: str, engine: str) -> Live:
+    """The command that pulls an image for what is called `name`, and tells how far it is."""
+    qualified = quadlet.qualified(image) if engine == "podman" else image
+    order = {"engine": engine, "image": qualified, "every_s": PROGRESS_S}
+    return Live(*_words(_PULL, order), explain=partial(_not_pulled, name, image))
+
+
+def _not_pulled(name: str, image: str, output: str) -> GpulabError:
     """Why a pull failed. No container was touched."""
     said = (output.strip().splitlines() or ["it said nothing"])[-1].strip()
     known = (meaning for words, meaning in _REASONS.items() if words.lower() in said.lower())
     reason, hint = next(known, ("its image could not be pulled", "the line above is the engine's own"))
-    return GpulabError(f"{spec.name}: {reason}", f"{spec.image}\n{said}\nNo container was stopped or changed.", hint)
+    return GpulabError(f"{name}: {reason}", f"{image}\n{said}\nNo container was stopped or changed.", hint)
 
 
 def _not_ready(spec: ContainerSpec, output: str) -> GpulabError:

@@ -62,7 +62,7 @@ class HealingFacts(JsonFact):
 class PyTorchFacts(JsonFact):
     """What PyTorch jobs need: see `remote/pytorch.py`."""
 
-    script = program(__file__, "pytorch")
+    script = program(__file__, "pytorch_environment", "pytorch")
 
     def command(
         self, image: str, network: str, data: str, mounted: str, paths: Sequence[str], groups: Sequence[str]

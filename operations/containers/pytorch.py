@@ -14,10 +14,12 @@ from pyinfra.api import QuoteString, StringCommand
 from inventory import GpulabError
 from inventory.sharing import Client
 from operations import files, step
+from operations.containers.container import pull
 from operations.containers.facts import PyTorchFacts
 from operations.facts import python
 from operations.files import File
 from operations.remote import program
+from operations.told import Told
 
 PROGRAM = "/usr/local/bin/gpulab-run"
 SETTINGS = "/etc/gpulab/pytorch.json"
@@ -30,7 +32,7 @@ PATHS = (PROGRAM, SETTINGS, f"{HOOK}/sitecustomize.py", SUDOERS)
 #: A card that asks nothing of its clients.
 ANY_CLIENT = Client()
 
-_MAKE = program(__file__, "pytorch_make")
+_MAKE = program(__file__, "pytorch_environment", "pytorch_make")
 
 
 def lock_text(path: str | None) -> str:
@@ -101,7 +103,7 @@ def pytorch(
     + tenants: of each tenant what its jobs' processes get, for one process, two, …; None: it has no share
     + client: what the way of sharing asks of a process that uses the card
     + lock: requirements file with hashes on the control machine; None: the image's own packages
-    + index: URL of pip's index and the PEM file of its CA; empty: pip's own
+    + index: URL of pip's index and the PEM text of its CA; empty: pip's own
     + time_limit_h: the longest that a job may run
     + host_memory_mib: limit of a job's main memory
     + shm_mib: /dev/shm of a job that has its own
@@ -114,6 +116,7 @@ def pytorch(
     joined = NETWORK if network == "bridge" else "none"
     home = f"{data}/pytorch"
     settings = {
+        "data": data,
         "image": image,
         "uid": uid,
         "tenants": {
@@ -137,31 +140,64 @@ def pytorch(
     order = missing(found, settings, groups, name)
     changing = files.differing(found.get("files", {}), wanted_files(settings))
     there = found.get("environments", {})
+    changed = name in there and not there[name]["whole"]
     if not order and not changing:
         also = f", and {len(there) - 1} earlier ones stay" if len(there) > 1 else ""
         step.noop(f"jobs run as declared in environment {name or 'of the image'}{also}")
         return
     for key, subject in SUBJECTS.items():
         if value := order.get(key):
-            step.changes(f"{subject} {value if isinstance(value, str) else ', '.join(value)}")
+            again = " anew: somebody has changed its files" if key == "environment" and changed else ""
+            step.changes(f"{subject} {value if isinstance(value, str) else ', '.join(value)}{again}")
     for path, file in changing.items():
         files.record(found.get("files", {}), {path: file}) if path == SETTINGS else step.changes(f"file {path}")
+    if order.pop("image", None):
+        yield pull("pytorch", image, "docker")
     if order:
         body = {
-            "data": data, "image": image, "uid": uid, "pull": bool(order.get("image")),
+            "data": data, "image": image, "uid": uid,
             "network": order.get("network", ""), "build_network": NETWORK, "groups": order.get("groups", []),
             "folders": order.get("folders", []), "current": order.get("current", ""), "environment": None,
         }  # fmt: skip
         if order.get("environment"):
-            authority = Path(index[1]).expanduser().read_text() if index[1] else ""
-            body["environment"] = {"name": name, "requirements": requirements, "index": index[0], "ca": authority}
-        yield python(_MAKE, body)
+            body["environment"] = {"name": name, "requirements": requirements, "index": index[0], "ca": index[1]}
+        yield Told(*python(_MAKE, body).bits, explain=_not_made)
     if changing:
         rules = changing.get(SUDOERS)
         if rules is not None:
             yield StringCommand("sh", "-c", QuoteString("printf %s \"$1\" | visudo -cf -"), "check",
                                 QuoteString(rules.content))  # fmt: skip
         yield files.write(changing)
+
+
+#: What pip says, and what it means. The first that fits is told.
+_PIP = (
+    (
+        "DO NOT MATCH THE HASHES",
+        "the index has another file than the lock names",
+        "write the lock anew if that is meant",
+    ),
+    (
+        "onnection broken by",
+        "the Python index does not answer",
+        "`python_index` of the guest says where pip looks; without it pip asks its own",
+    ),
+    (
+        "confirming the ssl certificate",
+        "the Python index has another certificate than `python_index.ca` vouches for",
+        "",
+    ),
+    ("No matching distribution found", "the Python index has no such package for this image's Python", ""),
+)
+
+
+def _not_made(output: str) -> GpulabError:
+    """Why something of what jobs need could not be made. What was there before is as it was."""
+    said = [line.rstrip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    known = ((meaning, hint) for words, meaning, hint in _PIP if words in output)
+    meaning, hint = next(known, (said[0], ""))
+    rest = "\n".join(said[-12:])
+    return GpulabError(f"pytorch: {meaning}", f"{rest}\nJobs run as before, with the environment that is in use.", hint)
 
 
 #: What of an order is said in the plan.
@@ -178,7 +214,7 @@ def missing(found: Mapping[str, Any], settings: Mapping[str, Any], groups: Seque
     order: dict[str, Any] = {}
     if not found.get("image"):
         order["image"] = settings["image"]
-    building = bool(name) and name not in found.get("environments", {})
+    building = bool(name) and not found.get("environments", {}).get(name, {}).get("whole")
     # The build asks pip's index; jobs without a network do not.
     if (settings["network"] == NETWORK or building) and not found.get("network"):
         order["network"] = NETWORK

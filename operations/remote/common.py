@@ -98,6 +98,23 @@ def units(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def pip_words(version: str, index: str, bundle: str) -> list[str]:
+    """What tells `pip install` where to look.
+
+    + version: what `pip --version` prints
+    + index: URL; empty: pip's own
+    + bundle: PEM file of the only CA to trust; empty: pip's own
+    """
+    words = ["--index-url", index] if index else []
+    if bundle:
+        words += ["--cert", bundle]
+        number = (version.split()[1:2] or ["0"])[0]
+        # From 24.2 on it asks the system's store, too, and fails with an index that is named by its address.
+        if [int(part) for part in number.split(".")[:2] if part.isdigit()] >= [24, 2]:
+            words += ["--use-deprecated", "legacy-certs"]
+    return words
+
+
 def same_memory(told: str, wanted: int | None) -> bool:
     """Does MPS' daemon mean that many MiB? It tells 1 GiB and more in whole GiB, rounded down: 4095 is `3G`.
 

@@ -23,7 +23,7 @@ import inventory
 from rehearsal import host, paths
 from tests.lab.commands import INVENTORY, Deployed
 
-from . import services, table
+from . import pytorch, services, table
 from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
 from .table import Row, Verdict
 
@@ -271,6 +271,7 @@ FAULTS = [
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
     *services.FAULTS,
+    *pytorch.FAULTS,
 ]
 
 #: One of each kind: package, module, repository, card, VM, settings, disk, model, kill, container, image, engine.

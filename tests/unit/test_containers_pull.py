@@ -75,7 +75,7 @@ def test_a_pull_that_fails_ends_with_the_engines_last_word(tmp_path: Path) -> No
     ],
 )
 def test_what_a_failure_means(said: str, brief: str) -> None:
-    error = _not_pulled(SPEC, f"some progress\n{said}\n")
+    error = _not_pulled(SPEC.name, SPEC.image, f"some progress\n{said}\n")
     assert error.brief == brief
     assert error.details is not None
     assert said in error.details and "No container was stopped or changed." in error.details

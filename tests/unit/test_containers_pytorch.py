@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inventory import GpulabError, budgets
+from operations.containers.remote import pytorch as remote_pytorch
+from operations.containers.remote import pytorch_environment
+from operations.remote import common
 
 # The package has a function of the module's name.
 pytorch = importlib.import_module("operations.containers.pytorch")
@@ -33,7 +38,7 @@ def converged(name: str = "") -> dict[str, Any]:
     return {
         "image": True,
         "network": True,
-        "environments": {name: {}} if name else {},
+        "environments": {name: {"whole": True}} if name else {},
         "current": name or None,
         "groups": {"gpulab-astro": 990},
         "folders": {"gpulab-astro": [850, 990, 0o2770]},
@@ -53,7 +58,8 @@ def test_converged_guest_misses_nothing() -> None:
         ({"network": False}, {"network": pytorch.NETWORK}),
         ({"folders": {"gpulab-astro": [0, 990, 0o2770]}}, {"folders": GROUPS}),
         ({"logs": {"gpulab-astro": None}}, {"folders": GROUPS}),
-        ({"environments": {"old": {}}, "current": "old"}, {"environment": "abc", "current": "abc"}),
+        ({"environments": {"old": {"whole": True}}, "current": "old"}, {"environment": "abc", "current": "abc"}),
+        ({"environments": {"abc": {"whole": False}}}, {"environment": "abc"}),
         ({"current": "old"}, {"current": "abc"}),
     ],
 )
@@ -141,3 +147,69 @@ def test_hook_settles_torch_when_it_is_imported(
     words = [sys.executable, "-c", SAY]
     done = subprocess.run(words, env={"PYTHONPATH": str(tmp_path), **environment}, capture_output=True, check=True)
     assert json.loads(done.stdout) == said
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("pip 23.0.1 from /x (python 3.11)", []),
+        ("pip 24.1.2 from /x (python 3.11)", []),
+        ("pip 24.2 from /x (python 3.13)", ["--use-deprecated", "legacy-certs"]),
+        ("pip 26.1b1 from /x (python 3.13)", ["--use-deprecated", "legacy-certs"]),
+        ("", []),
+    ],
+)
+def test_pip_asks_the_declared_index_and_trusts_its_ca_alone(version: str, words: list[str]) -> None:
+    index = ["--index-url", "https://192.0.2.1/simple", "--cert", "/ca.pem"]
+    assert common.pip_words(version, "https://192.0.2.1/simple", "/ca.pem") == index + words
+    assert common.pip_words(version, "", "") == []
+
+
+ENVIRONMENT_CHANGES = {
+    "a byte": lambda folder: (folder / "lib/einops.py").write_text("x = 2"),
+    "a file more": lambda folder: (folder / "lib/sitecustomize.py").touch(),
+    "a file less": lambda folder: (folder / "lib/einops.py").unlink(),
+    "a mode": lambda folder: (folder / "lib").chmod(0o777),
+    "a link": lambda folder: [(folder / "python").unlink(), (folder / "python").symlink_to("/tmp/python")],
+}
+
+
+@pytest.mark.parametrize("change", ENVIRONMENT_CHANGES.values(), ids=ENVIRONMENT_CHANGES)
+def test_environment_that_somebody_changed_is_not_whole(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    made = tmp_path / "abc"
+    (made / "lib").mkdir(parents=True)
+    (made / "lib/einops.py").write_text("x = 1")
+    os.utime(made / "lib/einops.py", (1, 1))
+    (made / "python").symlink_to("/usr/bin/python3")
+    (made / "gpulab.json").write_text(json.dumps({"versions": {}, "state": pytorch_environment.state(str(made))}))
+    (tmp_path / ".new").mkdir()
+    (tmp_path / "current").symlink_to("abc")
+    whole = {"abc": {"versions": {}, "whole": True}}
+    assert remote_pytorch.environments(str(tmp_path)) == whole
+
+    change(made)
+
+    assert remote_pytorch.environments(str(tmp_path)) == {"abc": {**whole["abc"], "whole": False}}
+
+
+def test_environment_with_a_broken_description_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "abc").mkdir()
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "abc/gpulab.json").write_text(text)
+        assert remote_pytorch.environments(str(tmp_path)) == {"abc": {"versions": {}, "whole": False}}
+
+
+@pytest.mark.parametrize(
+    ("said", "brief"),
+    [
+        ("WARNING: Retrying after connection broken by 'X'\nERROR: No matching distribution found for einops",
+         "pytorch: the Python index does not answer"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+         "pytorch: the index has another file than the lock names"),
+        ("ERROR: No matching distribution found for einops",
+         "pytorch: the Python index has no such package for this image's Python"),
+        ("/srv/data: the data disk is not mounted", "pytorch: /srv/data: the data disk is not mounted"),
+    ],
+)  # fmt: skip
+def test_what_a_failed_build_means(said: str, brief: str) -> None:
+    assert pytorch._not_made(said).brief == brief

@@ -34,6 +34,10 @@ def ollama(**keys: Any) -> dict[str, Any]:
     return {"services": {"ollama": {"image": IMAGE, **keys}}}
 
 
+def pytorch(**keys: Any) -> dict[str, Any]:
+    return {"services": {"pytorch": {"image": IMAGE, **keys}}, "tenants": TENANTS}
+
+
 COLLECTION = {"name": "spectra", "tenant": "astro", "dimension": 128, "index": "sky"}
 
 
@@ -75,6 +79,15 @@ COLLECTION = {"name": "spectra", "tenant": "astro", "dimension": 128, "index": "
         (ollama(keep_alive="5 minutes"), "keep_alive"),
         ({"services": {"pytorch": {"image": IMAGE}}}, "services.pytorch: expected `tenants` beside it"),
         (
+            {**pytorch(), "engine": {"kind": "podman"}},
+            "services.pytorch: expected `engine.kind` docker beside it, got podman",
+        ),
+        (pytorch(time_limit_h="inf"), "services.pytorch.time_limit_h"),
+        (
+            pytorch(profiles={"mine": {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=16G", "PYTHONPATH": "/workspace"}}),
+            "expected no CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, PYTHONPATH in `profiles.mine`: gpulab sets it",
+        ),
+        (
             {"services": {"ollama": {"image": IMAGE}, "milvus": {**MILVUS, "port": 11434}}},
             "services.milvus.port = 11434: expected another than services.ollama.port",
         ),
@@ -90,6 +103,10 @@ COLLECTION = {"name": "spectra", "tenant": "astro", "dimension": 128, "index": "
         ({"access": {"certificate": "lab.pem"}}, "`certificate` and `key` together"),
         ({"access": {"allow_from": ["192.0.2.0/33"]}}, "access.allow_from.0"),
         ({"python_index": {"url": "http://index.example/simple"}}, "an https:// `url`"),
+        (
+            {"python_index": {"url": "https://index.example/simple", "ca": "/nowhere/ca.pem"}},
+            "gpu01: python_index.ca: /nowhere/ca.pem: No such file or directory; expected a PEM file",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, keys: dict[str, Any], words: str) -> None:

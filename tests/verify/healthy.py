@@ -123,7 +123,8 @@ def torch_job() -> dict[str, Any]:
     saw = {
         "torch": "2.13.0", "cuda": "13.0", "devices": 1, "versions": {"torch": "2.13.0", "einops": "0.8.2"},
         "uid": 850, "capabilities": 0, "no_new_privileges": True, "root_writable": False,
-        "environment": environment, "memory_max": "max",
+        "environment": environment, "memory_max": "max", "changed": [],
+        "own": ["pip", "einops"],
     }  # fmt: skip
     return {"status": 0, "saw": saw, "said": ""}
 

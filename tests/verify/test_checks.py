@@ -486,6 +486,8 @@ CASES: list[Case] = [
     ("containers.pytorch.job", "pytorch.job", {"status": 125, "saw": None, "said": "no such device"}, SEEN_BY_JOBS),
     ("containers.pytorch.job", "pytorch.job.status", 1, set()),
     ("containers.pytorch.environment", "pytorch.job.saw.versions", {"torch": "2.13.0", "einops": "0.8.1"}, set()),
+    ("containers.pytorch.environment", "pytorch.job.saw.own", ["einops", "stars"], set()),
+    ("containers.pytorch.environment", "pytorch.job.saw.changed", ["einops/einops.py"], set()),
     ("containers.pytorch.cuda", "pytorch.job.saw.devices", 0, set()),
     ("containers.pytorch.limits", "pytorch.job.saw.environment.CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None, set()),
     ("containers.pytorch.limits", "pytorch.job.saw.environment.GPULAB_TORCH_MEMORY_FRACTION", "1.000000", set()),

@@ -12,15 +12,35 @@ from typing import Any
 PROGRAM = "/usr/local/bin/gpulab-run"
 #: What marks the job's own line among what torch and the image say.
 MARK = "gpulab-verify:"
-#: The exit status with which gpulab-run refuses.
-REFUSED = 2
+#: Files of the environment above that size are not read whole, MiB.
+WHOLE_MIB = 16
+#: So many changed files are named.
+SHOWN = 3
 JOB = f"""
-import importlib.metadata, json, os, re
+import base64, hashlib, importlib.metadata, json, os, re
 import torch
 limit = "/sys/fs/cgroup/memory.max"
 status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
 def name(item):
     return re.sub("[-_.]+", "-", item.metadata["Name"]).lower()
+
+def differs(path, file):
+    # Is it another than its package brought? Of big ones only the size is looked at.
+    try:
+        size = os.path.getsize(path)
+        if size > {WHOLE_MIB} << 20:
+            return file.size is not None and size != file.size
+        digest = hashlib.new(file.hash.mode, open(path, "rb").read()).digest()
+    except OSError:
+        return True
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value
+
+environment = os.environ.get("VIRTUAL_ENV", "")
+installed = list(importlib.metadata.distributions())
+own = [item for item in installed if environment and str(item.locate_file("")).startswith(environment + "/")]
+changed = [
+    str(file) for item in own for file in item.files or [] if file.hash and differs(item.locate_file(file), file)
+]
 
 try:
     open("/gpulab-verify", "w")
@@ -31,7 +51,9 @@ print("{MARK}" + json.dumps({{
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
     "devices": torch.cuda.device_count() if torch.version.cuda else 0,
-    "versions": {{name(item): item.version for item in reversed(list(importlib.metadata.distributions()))}},
+    "versions": {{name(item): item.version for item in reversed(installed)}},
+    "own": [name(item) for item in own],
+    "changed": changed[:{SHOWN}],
     "uid": os.getuid(),
     "capabilities": int(status["CapEff"], 16),
     "no_new_privileges": status["NoNewPrivs"] == "1",
@@ -60,7 +82,7 @@ def run(tenant: str) -> dict[str, Any]:
     """The job's exit status, what it said of itself (None: nothing), and the end of all that was said."""
     # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
-    words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", f"gpulab-verify-{os.getpid()}"]
+    words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", "gpulab-verify"]
     try:
         done = subprocess.run(
             [*words, "--", "python3", "-c", JOB], capture_output=True, text=True, env=environment, check=False

@@ -23,6 +23,8 @@ DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 #: gpulab-run's word for a busy tenant.
 BUSY = "runs already"
 MIB = 1 << 20
+#: What every environment has of its own.
+OF_VENV = ("pip", "setuptools")
 
 
 @pytest.mark.critical
@@ -48,6 +50,11 @@ def test_tenant_runs_a_job(guest: Guest, pytorch: Observation, seen: Callable[[s
 @pytest.mark.promise("containers.pytorch.environment", fix=DEPLOY)
 def test_environment_is_as_locked(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     wanted, found = locked(declared(guest).lock), saw(pytorch)["versions"]
+    assert not (more := sorted({*saw(pytorch)["own"]} - {*wanted, *OF_VENV})), (
+        f"{guest.name}: the environment has {', '.join(more)}, which the lock does not name"
+    )
+    changed = ", ".join(saw(pytorch)["changed"])
+    assert not changed, f"{guest.name}: files of the environment are not those of their packages: {changed}"
     wrong = [
         f"{name} {found.get(name, 'absent')} (locked {version})"
         for name, version in wanted.items()

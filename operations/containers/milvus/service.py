@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from pyinfra import host
@@ -191,7 +190,7 @@ def milvus(
     + client: what the way of sharing asks of a process that uses the card
     + gpu: does the guest have one?
     + engine: the guest's container engine
-    + index: URL of pip's index and the PEM file of its CA; empty: pip's own
+    + index: URL of pip's index and the PEM text of its CA; empty: pip's own
     + prune: remove users that are not declared
     """
     service = Milvus.model_validate(declared)
@@ -237,8 +236,7 @@ def milvus(
     if tools:
         # The environment needs a part of Python that is a package of its own.
         yield apt.install([PACKAGE])
-        authority = Path(index[1]).expanduser().read_text() if index[1] else ""
-        order = {"folder": TOOLS, "requirements": requirements, "index": index[0], "ca": authority}
+        order = {"folder": TOOLS, "requirements": requirements, "index": index[0], "ca": index[1]}
         yield Live("python3", "-c", QuoteString(_TOOLS), QuoteString(json.dumps(order)), explain=_no_tools)
     if not profiled:
         yield files.write({PROFILES: File(profiles)})

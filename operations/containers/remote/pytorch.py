@@ -7,6 +7,7 @@ import os
 import stat
 from typing import Any
 
+from operations.containers.remote.pytorch_environment import DESCRIPTION, state
 from operations.remote.common import answer, files, run, text
 
 
@@ -27,13 +28,18 @@ def gid(name: str) -> int | None:
 
 
 def environments(folder: str) -> dict[str, Any]:
-    """Every finished environment by name: the versions inside."""
+    """Every finished environment by name: the versions inside, and whether all of it is as it was made."""
     found = {}
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     for name in names:
-        listed = text(f"{folder}/{name}/gpulab.json")
-        if listed is not None and name != "current":
-            found[name] = json.loads(listed)
+        listed = text(f"{folder}/{name}/{DESCRIPTION}")
+        if listed is None or name == "current" or name.startswith("."):
+            continue
+        try:
+            described = json.loads(listed)
+            found[name] = {"versions": described["versions"], "whole": described["state"] == state(f"{folder}/{name}")}
+        except (ValueError, LookupError, TypeError):
+            found[name] = {"versions": {}, "whole": False}
     return found
 
 

@@ -9,16 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
+from operations.containers.remote.pytorch_environment import DESCRIPTION, state
+from operations.remote.common import pip_words
+
 ENVIRONMENT = "/opt/gpulab/environment"
 LABEL = "org.gpulab.service=pytorch"
-#: Run inside the image, as the user of the jobs. The index is the only one that pip asks.
-BUILD = """\
-set -e
-python3 -m venv --system-site-packages "$1"
-shift
-exec "$VIRTUAL_ENV/bin/python" -m pip install --isolated --no-cache-dir --disable-pip-version-check --require-hashes \
-    --requirement "$VIRTUAL_ENV/requirements.txt" "$@"
-"""
 
 
 def checked(*argv: str, quiet: bool = True) -> str:
@@ -53,22 +48,33 @@ def build(order: dict[str, Any], home: str) -> None:
     folder(new, order["uid"], order["uid"], 0o755)
     with open(f"{new}/requirements.txt", "w") as file:
         file.write(wanted["requirements"])
-    options = []
-    if wanted["index"]:
-        options += ["--index-url", wanted["index"]]
     if wanted["ca"]:
         with open(f"{new}/index-ca.pem", "w") as file:
             file.write(wanted["ca"])
-        options += ["--cert", f"{ENVIRONMENT}/index-ca.pem"]
-    sandbox(order, new, order["build_network"], "sh", "-c", BUILD, "sh", ENVIRONMENT, *options)
-    listing = [f"{ENVIRONMENT}/bin/python", "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
-    said = sandbox(order, new, "none", *listing, writable=False)
+    pip = (f"{ENVIRONMENT}/bin/python", "-m", "pip", "--isolated", "--disable-pip-version-check")
+    sandbox(order, new, "none", "python3", "-m", "venv", "--system-site-packages", ENVIRONMENT)
+    version = sandbox(order, new, "none", *pip, "--version", writable=False)
+    bundle = f"{ENVIRONMENT}/index-ca.pem" if wanted["ca"] else ""
+    # The image may say something of its own first.
+    words = pip_words(next(line for line in version.splitlines() if line.startswith("pip ")), wanted["index"], bundle)
+    install = ("install", "--no-cache-dir", "--require-hashes", "--requirement", f"{ENVIRONMENT}/requirements.txt")
+    sandbox(order, new, order["build_network"], *pip, *install, *words)
+    said = sandbox(order, new, "none", *pip, "list", "--format", "json", writable=False)
     versions = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
-    described = {"image": order["image"], "versions": {item["name"]: item["version"] for item in versions}}
-    with open(f"{new}/gpulab.json", "w") as file:
-        json.dump(described, file, indent=2)
     # Jobs run as the user who built it: they must not be able to change what the next one imports.
     checked("chown", "-R", "0:0", new)
+    described = {
+        "image": order["image"],
+        "versions": {item["name"]: item["version"] for item in versions},
+        "state": state(new),
+    }
+    with open(f"{new}/{DESCRIPTION}", "w") as file:
+        json.dump(described, file, indent=2)
+    if os.path.lexists(target):
+        # One that somebody changed. A job may run with it, so it lies aside until the next time.
+        aside = f"{home}/environments/.changed-{wanted['name']}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
     os.rename(new, target)
 
 
@@ -85,8 +91,6 @@ def main() -> int:
         tenant, gid = name.removeprefix("gpulab-"), grp.getgrnam(name).gr_gid
         folder(f"{home}/tenants/{tenant}", order["uid"], gid, 0o2770)
         folder(f"/var/log/gpulab/jobs/{tenant}", 0, gid, 0o2750)
-    if order["pull"]:
-        checked("docker", "pull", "--quiet", order["image"])
     if order["network"]:
         checked("docker", "network", "create", "--label", LABEL, order["network"])
     if order["environment"]:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 
-from operations.remote.common import run
+from operations.remote.common import pip_words, run
 
 
 def make(folder: str, requirements: str, index: str, ca: str) -> str:
@@ -22,26 +22,17 @@ def make(folder: str, requirements: str, index: str, ca: str) -> str:
             file.write(requirements)
         # The list names all packages, and nothing is built here.
         words = ["install", "--quiet", "--no-deps", "--only-binary", ":all:", "-r", wanted]
-        if index:
-            words += ["--index-url", index]
+        bundle = os.path.join(scratch, "ca.pem") if ca else ""
         if ca:
-            bundle = os.path.join(scratch, "ca.pem")
             with open(bundle, "w") as file:
                 file.write(ca)
-            words += ["--cert", bundle, *only_this_authority(pip)]
+        words += pip_words(run(*pip, "--version")[1], index, bundle)
         status, output, error = run(*pip, *words, timeout=900)
     if status != 0:
         return (error or output).strip()
     with open(os.path.join(folder, "requirements.txt"), "w") as file:
         file.write(requirements)
     return ""
-
-
-def only_this_authority(pip: tuple[str, ...]) -> list[str]:
-    """Words that keep pip to `--cert`. From 24.2 on it asks the system's store, too, and fails with an address."""
-    version = run(*pip, "--version")[1].split()[1:2]
-    numbers = [int(part) for part in (version or ["0"])[0].split(".")[:2] if part.isdigit()]
-    return ["--use-deprecated", "legacy-certs"] if numbers >= [24, 2] else []
 
 
 def main() -> int:
