@@ -127,6 +127,11 @@ for each in root.list_indexes("{DECLARED}"):
 """
 
 
+#: Any service that starts has systemd mount what `local-fs.target` wants, and the healing timer starts one every 5 s.
+DISK_AWAY = """systemctl stop gpulab-heal.timer gpulab-heal.service
+umount --lazy /srv/data"""
+
+
 def all_down(deployed: Deployed) -> None:
     """The services go down with the disk, and stay so; nothing is written in its place."""
     ours = "docker ps --quiet --filter label=org.gpulab.service"
@@ -182,7 +187,7 @@ FAULTS = [
     Fault(
         "the data disk taken away",
         S,
-        both(asks(FILL), sh("umount --lazy /srv/data"), all_down),
+        both(asks(FILL), sh(DISK_AWAY), all_down),
         checks=("system.data_disk", "containers.ollama.running", "containers.milvus.running"),
         mend=asks(NEAREST),
     ),

@@ -28,6 +28,8 @@ FIRST = "Milvus"
 ABSENT, IMPOSSIBLE = "gpulab_verify_absent", "gpulab verify"
 #: Seconds for one answer.
 ANSWER_S = 5.0
+#: Seconds for a collection that is on its way into memory, as after a start of the server.
+LOADING_S = 15.0
 #: The field of the vectors.
 FIELD = "vector"
 
@@ -195,8 +197,7 @@ def described(server: Server, login: str, database: str, name: str, wanted: dict
     for field in schema.schema.fields:
         if field.name == FIELD:
             found["dimension"] = int({each.key: each.value for each in field.type_params}.get("dim", "0"))
-    state = server.ask(api.GetLoadStateRequest(collection_name=name), login, database)[1]
-    found["loaded"] = state is not None and api_name(state) == "LoadStateLoaded"
+    found["loaded"] = load_state(server, login, database, name) == "LoadStateLoaded"
     counted = server.ask(attempts(api, name)["read"], login, database)[1]
     if counted is not None and counted.fields_data:
         found["rows"] = counted.fields_data[0].scalars.long_data.data[0]
@@ -209,9 +210,18 @@ def described(server: Server, login: str, database: str, name: str, wanted: dict
     return found
 
 
-def api_name(state: Any) -> str:
-    """The state in words, as the protocol's own table has them."""
-    return str(type(state).DESCRIPTOR.fields_by_name["state"].enum_type.values_by_number[state.state].name)
+def load_state(server: Server, login: str, database: str, name: str) -> str:
+    """In the protocol's own words; empty: the server does not say."""
+    deadline = time.monotonic() + LOADING_S
+    while True:
+        answer = server.ask(server.api.GetLoadStateRequest(collection_name=name), login, database)[1]
+        if answer is None:
+            return ""
+        words = type(answer).DESCRIPTOR.fields_by_name["state"].enum_type.values_by_number
+        state = str(words[answer.state].name)
+        if state != "LoadStateLoading" or time.monotonic() >= deadline:
+            return state
+        time.sleep(0.5)
 
 
 def parameters(pairs: Any) -> dict[str, str]:
