@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's tables of steps: each step of deploy.py has its row, in the order of the run, and no row is of nothing."""
+"""The README's table of steps: each step of deploy.py has its row, in the order of the run; none is of nothing."""
 
 from __future__ import annotations
 
