@@ -41,7 +41,7 @@ def rows(name, where="", **words):
     if A.get_load_state(name)["state"].name != "Loaded":
         A.load_collection(name)
     return sorted(map(dict, A.query(name, filter=where or "key >= 0", output_fields=["*"], limit=1000,
-                  consistency_level="Strong", **words)), key=str)
+                  consistency_level="Strong", **words)), key=lambda row: row["key"])
 """
 
 
@@ -105,7 +105,8 @@ class Guest:
         last = done.stdout.strip().splitlines()
         return json.loads(last[-1]) if last else None
 
-    def manifest(self, name: str = "newest") -> dict[str, Any]:
-        known = json.loads(self.done("list", "--json"))
-        found: dict[str, Any] = known[list(known)[-1] if name == "newest" else name]
+    def manifest(self) -> dict[str, Any]:
+        """Of the newest backup."""
+        path = max(self.backups.glob("2*[!l]/manifest.json"))
+        found: dict[str, Any] = json.loads(path.read_text())
         return found

@@ -282,10 +282,10 @@ def verified(client: Any, about: dict[str, Any], sample: dict[Any, dict[str, Any
 
 
 def listed(given: argparse.Namespace) -> None:
-    known = backups(settings()["folder"])
     if given.json:
-        print(json.dumps(known))
+        print(json.dumps(overview()))
         return
+    known = backups(settings()["folder"])
     for name, manifest in known.items():
         rows = sum(each["rows"] for each in manifest["collections"])
         size = sum(file["bytes"] for each in manifest["collections"] for file in each["files"])
@@ -298,6 +298,20 @@ def listed(given: argparse.Namespace) -> None:
             print(f"  {label_of(each)}: {each['rows']} rows")
     if not known:
         print("no backup yet")
+
+
+def overview() -> dict[str, Any]:
+    """The backups, and the `collections` that there are now; `error`: why one or the other is not known."""
+    found: dict[str, Any] = {"backups": {}, "collections": [], "error": ""}
+    try:
+        for name, manifest in backups(settings()["folder"]).items():
+            held = {label_of(each): each["rows"] for each in manifest["collections"]}
+            found["backups"][name] = {"server": manifest["server"], "named": manifest["named"], "collections": held}
+        login = logged_in()
+        found["collections"] = [".".join(each) for each in all_collections(login["uri"], login["password"])]
+    except Exception as error:
+        found["error"] = said(error)
+    return found
 
 
 def check(given: argparse.Namespace) -> None:
