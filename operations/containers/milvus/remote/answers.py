@@ -23,6 +23,8 @@ KEYS, SEARCHES, HITS = 20, 5, 10
 OTHER_HITS = 1
 #: By how much a distance may differ, of itself.
 DISTANCE = 1e-3
+#: Seconds.
+SETTLED_S = 30
 #: How thorough a search is, for indexes that want to be told.
 THOROUGH = {
     "HNSW": {"ef": 128},
@@ -143,11 +145,15 @@ def compared(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def compare_until(login: dict[str, Any], manifest: dict[str, Any], before: dict[str, Any], seconds: float) -> list[str]:
-    """What differs; a server that has just started is given so many seconds to load what it had in memory."""
+    """What differs. A server that has just started is given so many seconds to answer at all.
+
+    From then on it has `SETTLED_S` to answer as before.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
             lines = compared(before, recorded(login, manifest))
+            deadline = min(deadline, time.monotonic() + SETTLED_S)
         except Exception as error:
             lines = [f"the server does not answer: {said(error)}"]
         if not lines or time.monotonic() >= deadline:
