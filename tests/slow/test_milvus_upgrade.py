@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Milvus upgraded over the same files, between two real servers: its collections answer as before, and losses are told."""
+"""Milvus upgraded over the same files, between two real servers: what collections answer, and losses that are told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def fill(name, **words):
     make(name, more=[("t", D.INT64, {})], **words)
     A.create_partition(name, "late")
     A.insert(name, [{"key": n, "vector": [n, n % 7, n % 3, 1], "t": n, "d": str(n)} for n in range(600)])
-    A.insert(name, [{"key": n, "vector": [n, n % 7, n % 3, 1], "t": n} for n in range(600, 1000)], partition_name="late")
+    late = [{"key": n, "vector": [n, n % 7, n % 3, 1], "t": n} for n in range(600, 1000)]
+    A.insert(name, late, partition_name="late")
     A.create_alias(name, "alias_of_" + name)
 fill("graph")
 fill("flat", index=("IVF_FLAT", "IP", {"nlist": 8}))

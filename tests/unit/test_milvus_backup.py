@@ -152,10 +152,11 @@ def test_the_guests_and_the_control_machines_names_are_alike() -> None:
     assert store.NAME.fullmatch(now) and store.NAME.fullmatch(backup.name_now("upgrade"))
 
 
+INDEX = {"index_type": "HNSW"}
 ABOUT = {
     "fields": [1],
     "dynamic": True,
-    "indexes": [{"index_type": "HNSW"}],
+    "indexes": [INDEX],
     "aliases": ["a"],
     "partitions": ["p", "q"],
 }
@@ -178,6 +179,9 @@ BEFORE = {
         ({"about": {**ABOUT, "aliases": []}}, ["c: no aliases a any more"]),
         ({"about": {**ABOUT, "partitions": ["p"]}}, ["c: no partitions q any more"]),
         ({"about": {**ABOUT, "indexes": []}}, ["c: its indexes differ"]),
+        ({"about": {**ABOUT, "indexes": [{"index_type": "FLAT"}]}}, ["c: its indexes differ"]),
+        # A newer server has more to say of it.
+        ({"about": {**ABOUT, "indexes": [{**INDEX, "mmap.enabled": "false"}]}}, []),
         ({"by_key": {"2": {"key": 2, "x": 3}}}, ["c: no row of key 1 any more"]),
         ({"by_key": {**BEFORE["by_key"], "1": {"key": 1, "x": 0}}}, ["c: the row of key 1 differs in x"]),
         ({"searches": {}}, ["c: nothing answers the search for what is near 1"]),

@@ -59,7 +59,7 @@ def description(client: Any, database: str, name: str) -> dict[str, Any]:
         element = field.get("element_type")
         kept |= {"element_type": DataType(element).name} if element else {}
         fields.append({"name": field["name"], "type": kind, "params": dict(field["params"]), **kept})
-    indexes = [dict(client.describe_index(name, each) or {}) for each in client.list_indexes(name)]
+    indexes = [dict(client.describe_index(name, each) or {}) for each in sorted(client.list_indexes(name))]
     partitions = list(client.list_partitions(name))
     return {
         "database": database,
