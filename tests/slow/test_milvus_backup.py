@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -111,8 +112,10 @@ def test_a_collection_of_everything_comes_back_as_it_was(guest: Guest) -> None:
 
     # Beside it, and over what was changed; the alias belongs to the first.
     assert "alias everything: " in guest.done("restore", "newest", "astro.all", "--into", "copy")
-    guest.client("A.delete('all', filter='extra < 1000')")
+    guest.client("A.delete('all', filter='extra < 1000'); A.create_alias('all', 'later')")
     guest.done("restore", "newest", "astro.all", "--over")
+    assert guest.client("print(json.dumps(A.describe_collection('later')['collection_name']))") == "all"
+    guest.client("A.drop_alias('later')")
     assert guest.client(read) == before
     assert sorted(guest.client("print(json.dumps(A.list_collections()))")) == ["all", "copy"]
 
@@ -261,12 +264,19 @@ def test_a_full_disk_is_seen_before_anything_is_written(guest: Guest, tmp_path: 
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(disk)], check=True)
     told = guest.folder / "etc/milvus-backup.json"
     before = told.read_text()
+    guest.client("make('c')\nA.insert('c', [{'key': 1, 'vector': [1] * 4}])")
+    guest.done("backup")
+    (made,) = guest.backups.iterdir()
     try:
         told.write_text(json.dumps({"folder": f"{disk}/backups", "disk": str(disk), "keep": 2}))
-        guest.client("make('c')")
         said = guest.refused("backup")
-        assert "MiB are free, and a backup takes about 0 MiB beside the 256 MiB that stay free" in said
+        assert "MiB are free, and about 1 MiB are needed beside the 256 MiB that stay free" in said
         assert list((disk / "backups").iterdir()) == []
+
+        shutil.copytree(made, disk / "backups" / made.name)
+        said = guest.refused("restore", "newest", "astro.c", "--into", "other")
+        assert "about 1 MiB are needed beside the 256 MiB that stay free" in said
+        assert guest.client("print(json.dumps(A.list_collections()))") == ["c"]
     finally:
         told.write_text(before)
         subprocess.run(["umount", str(disk)], check=True)

@@ -126,7 +126,7 @@ def test_one_of_a_later_format_and_one_that_is_not_there_are_refused(tmp_path: P
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     store.require_room(str(tmp_path), 0)
-    with pytest.raises(store.Refused, match="a backup takes about 1073741824 MiB beside the 256 MiB that stay free"):
+    with pytest.raises(store.Refused, match="about 1073741824 MiB are needed beside the 256 MiB that stay free"):
         store.require_room(str(tmp_path), 2**50)
 
 

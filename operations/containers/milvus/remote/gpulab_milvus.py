@@ -198,6 +198,10 @@ def restore(given: argparse.Namespace) -> None:
             )
         else:
             todo.append((client, about, into))
+    # Milvus' own files lie on the same disk.
+    if todo:
+        needed = sum(about["rows"] * row_bytes(about["fields"], about["dynamic"]) for _, about, _ in todo)
+        require_room(place["folder"], needed)
     for client, about, into in todo:
         restore_one(client, about, into, path)
 
@@ -220,13 +224,16 @@ def restore_one(client: Any, about: dict[str, Any], into: str, path: str) -> Non
         with contextlib.suppress(Exception):
             client.drop_collection(temporary)
         raise
+    aliases = set(about["aliases"])
     if client.has_collection(into):
-        for alias in client.describe_collection(into)["aliases"]:
+        had = client.describe_collection(into)["aliases"]
+        aliases |= set(had)
+        for alias in had:
             client.drop_alias(alias)
         client.drop_collection(into)
     client.rename_collection(temporary, into)
     taken = []
-    for alias in about["aliases"]:
+    for alias in sorted(aliases):
         try:
             client.create_alias(into, alias)
         except Exception as error:

@@ -110,7 +110,7 @@ def require_room(folder: str, wanted: int) -> None:
     if free < wanted + RESERVE:
         mib = 1024**2
         raise Refused(
-            f"{folder}: {free // mib} MiB are free, and a backup takes about {-(-wanted // mib)} MiB beside the "
+            f"{folder}: {free // mib} MiB are free, and about {-(-wanted // mib)} MiB are needed beside the "
             f"{RESERVE // mib} MiB that stay free"
         )
 
