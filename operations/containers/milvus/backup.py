@@ -147,8 +147,8 @@ def upgrade_check(name: str, data: str) -> Check:
         CHECK_S,
         f"the backup of before lies on the guest in {folder(data)}/{name}. Should the previous server not read its "
         "files any more, which a newer one may have changed: put its data folder aside, deploy the previous image, and "
-        f"`pyinfra INVENTORY milvus.py --limit GUEST --data from_backup={name} --data over=1`. What users deleted meanwhile "
-        "is told as a difference, too: then deploy again",
+        f"`pyinfra INVENTORY milvus.py --limit GUEST --data from_backup={name} --data over=1`. What users deleted "
+        "meanwhile is told as a difference, too: then deploy again",
     )
 
 
