@@ -48,7 +48,7 @@ test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initra
 	@python -m rehearsal packages --kernel
 	pytest -q -m kernel tests/kernel
 
-test-slow: setup ## what takes minutes for one answer: Debian's own NVIDIA module built against its kernel headers (root)
+test-slow: setup ## what takes minutes: Debian's own NVIDIA module built, Milvus' collections backed up and upgraded (root)
 	pytest -q -m slow tests/slow
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)

@@ -7,6 +7,8 @@
 Every host crosses this file. The one step that all of them share keeps the guests behind their nodes.
 """
 
+from pyinfra import state
+
 from inventory import budgets, sharing
 from inventory.access import tenants_of
 from inventory.packages import TOOLKIT
@@ -198,6 +200,12 @@ with run.of_host() as part:
                 _ignore_errors=True,
             )
     if guest and (service := guest.services.milvus):
+        containers.milvus.installed(
+            name="Install Milvus' backups",
+            data=guest.data_disk.mount,
+            keep=service.keep_backups,
+            _ignore_errors=True,
+        )
         containers.milvus.milvus(
             name="Run Milvus",
             declared=service.model_dump(),
@@ -209,6 +217,7 @@ with run.of_host() as part:
             engine=guest.engine.kind,
             index=guest.pip_index(),
             prune=guest.prune,
+            without_backup=bool(state.inventory.override_data.get("upgrade_without_backup")),
             _ignore_errors=True,
         )
     if guest:

@@ -33,10 +33,12 @@ RUN_WORDS = {
     **dict.fromkeys(("rollback", "destroy", "confirm", "take_over"), "rebuild.py"),
     **dict.fromkeys(("archive", "fresh", "keep"), "restore.py"),
     **dict.fromkeys(("tenant", "service", "keep_previous"), "rotate.py"),
+    **dict.fromkeys(("label", "from_backup", "collection", "into", "over", "new_keys"), "milvus.py"),
+    "upgrade_without_backup": "deploy.py",
 }
 #: Of a host's own keys those that mean something to one program alone.
 _OF_ONE_PROGRAM = {"keep_old": "rebuild.py"}
-PROGRAMS = ("deploy.py", "rebuild.py", "restore.py", "rotate.py")
+PROGRAMS = ("deploy.py", "rebuild.py", "restore.py", "rotate.py", "milvus.py")
 
 _of_run: WeakKeyDictionary[State, Lab] = WeakKeyDictionary()
 

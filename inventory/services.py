@@ -297,7 +297,7 @@ class Milvus(Service):
     #: Named ways to index; a collection names one, and users find them in the guest's /etc/gpulab/milvus.json.
     indexes: dict[Name, IndexProfile] = {}
     collections: list[Collection] = []
-    #: Backups of all collections that stay; one is made before each change of `image`.
+    #: Backups without a label that stay; one is made before each change of `image`.
     keep_backups: int = Field(default=3, ge=1)
 
     def ports(self) -> list[int]:

@@ -47,6 +47,18 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
+class Check:
+    """A command of the guest that a new container has to pass once it answers.
+
+    Where it fails, the one before comes back. `resolution`: what to do then.
+    """
+
+    words: tuple[str, ...]
+    seconds: int
+    resolution: str = ""
+
+
+@dataclass(frozen=True)
 class Actions:
     """What has to happen to a container.
 
@@ -134,8 +146,11 @@ def record(spec: ContainerSpec, actions: Actions) -> None:
         step.changes(f"start container {spec.name}: {actions.start}", actions.lines)
 
 
-def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
-    """The commands. The image is there before the running container is touched."""
+def apply(spec: ContainerSpec, actions: Actions, check: Check | None = None) -> step.Commands:
+    """The commands. The image is there before the running container is touched.
+
+    + check: what a container that takes another's place has to pass beside being ready
+    """
     if actions.pull:
         yield pull(spec.name, spec.image, spec.engine)
     if actions.replace or actions.start:
@@ -152,13 +167,17 @@ def apply(spec: ContainerSpec, actions: Actions) -> step.Commands:
             "stop_s": spec.stop_s,
             "deadline_s": spec.ready_s,
         }
+        if check:
+            order["check"] = {"words": list(check.words), "seconds": check.seconds}
         given: dict[str, Any] = {"secrets": secrets}
         if podman:
             given["files"] = quadlet.files(spec)
         else:
             order["network"] = "" if spec.network_name() in GIVEN else spec.network_name()
             order["create"] = spec.create()
-        yield Told(*_words(_PROGRAMS[spec.engine], order), explain=partial(_not_ready, spec), _stdin=json.dumps(given))
+        yield Told(
+            *_words(_PROGRAMS[spec.engine], order), explain=partial(_not_ready, spec, check), _stdin=json.dumps(given)
+        )
 
 
 def _words(script: str, argument: Any) -> tuple[Any, ...]:
@@ -180,10 +199,10 @@ def _not_pulled(name: str, image: str, output: str) -> GpulabError:
     return GpulabError(f"{name}: {reason}", f"{image}\n{said}\nNo container was stopped or changed.", hint)
 
 
-def _not_ready(spec: ContainerSpec, output: str) -> GpulabError:
+def _not_ready(spec: ContainerSpec, check: Check | None, output: str) -> GpulabError:
     lines = output.strip().splitlines() or ["its replacement ended without a word"]
     brief = lines[0] if spec.name in lines[0] else f"{spec.name}: {lines[0]}"
-    return GpulabError(brief, "\n".join(lines[1:]))
+    return GpulabError(brief, "\n".join(lines[1:]), check.resolution if check else "")
 
 
 @step.step

@@ -7,11 +7,14 @@ whose text is sent in front of it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 _COMMON = Path(__file__).parent / "common.py"
 #: Where a program begins to run by itself.
 _START = '\nif __name__ == "__main__":\n'
+#: What stands in front of a program's text already: imports of ours, of one line or in brackets, and the licence.
+_LEFT_OUT = re.compile(r"^(?:from operations\.[^\n(]*(?:\([^)]*\))?|# SPDX)[^\n]*\n", re.MULTILINE)
 
 
 def program(module: str, *names: str) -> str:
@@ -23,7 +26,5 @@ def program(module: str, *names: str) -> str:
     package = Path(module).parent
     texts = [(package / "remote" / f"{name}.py").read_text() for name in names]
     parts = [_COMMON.read_text(), *(text.partition(_START)[0] for text in texts[:-1]), texts[-1]]
-    lines = [
-        line for part in parts for line in part.splitlines() if not line.startswith(("from operations.", "# SPDX"))
-    ]
+    lines = [line for part in parts for line in _LEFT_OUT.sub("", part).splitlines()]
     return "\n".join([f"# gpulab: {package.name}/{names[-1]}", *lines])

@@ -19,7 +19,7 @@ from rehearsal.registry import recipe as common
 from rehearsal.registry.milvus import entry, recipe
 
 NETWORK = f"gpulab-milvus-{os.getpid()}"
-START_S = 60
+START_S, STOP_S = 60, 120
 
 Serve = Callable[[str], contextlib.AbstractContextManager[Path]]
 
@@ -72,4 +72,4 @@ def serving(pin: str, folder: Path, loopback: list[str], settings: Mapping[str, 
         yield log
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=STOP_S)

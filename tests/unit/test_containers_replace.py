@@ -238,6 +238,25 @@ def test_a_tree_goes_back_with_the_container_that_could_use_it(guest: Guest, tre
     assert set(owners(tree).values()) == {0}
 
 
+def test_a_check_that_fails_brings_the_old_one_back(guest: Guest) -> None:
+    guest.set({"web": "old"})
+    words = ["/bin/sh", "-c", "echo it counts 1 row, before 2 >&2; exit 1"]
+    done = guest.replace(check={"words": words, "seconds": 5})
+    assert done.returncode == 1
+    assert done.stderr.startswith("web: it counts 1 row, before 2\n")
+    assert done.stderr.endswith("The previous container runs again.\n")
+    assert guest.containers() == {"web": ("running", "old")}
+
+
+def test_a_check_that_passes_keeps_the_new_one_and_one_that_hangs_does_not(guest: Guest) -> None:
+    guest.set({"web": "old"})
+    assert guest.replace(check={"words": ["/bin/true"], "seconds": 5}).returncode == 0
+    assert guest.containers() == {"web": ("running", "new")}
+    done = guest.replace(check={"words": ["/bin/sleep", "30"], "seconds": 1})
+    assert "web: /bin/sleep: no end after 1 s" in done.stderr
+    assert guest.containers() == {"web": ("running", "new")}
+
+
 def test_a_service_that_never_answers_is_named(guest: Guest) -> None:
     done = guest.replace(probe="http://127.0.0.1:9/")
     assert done.returncode == 1

@@ -481,10 +481,13 @@ def test_huge_pages_come_out_of_what_the_node_sets_aside(
         ("deploy.py", "destroy", "rebuild.py"),
         ("deploy.py", "keep", "restore.py"),
         ("restore.py", "confirm", "rebuild.py"),
+        ("deploy.py", "from_backup", "milvus.py"),
+        ("milvus.py", "upgrade_without_backup", "deploy.py"),
         ("rebuild.py", "fresh", "restore.py"),
         ("rebuild.py", "rollback", None),
         ("rebuild.py", "keep_old", None),
         ("restore.py", "archive", None),
+        ("milvus.py", "from_backup", None),
         ("operations.proxmox.access.bootstrap", "rollback", None),
     ],
 )

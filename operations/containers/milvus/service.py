@@ -6,7 +6,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from inventory.services import Milvus
 from inventory.sharing import Client
 from operations import apt, files, step
 from operations.containers.container import apply, decide, read, record
-from operations.containers.milvus import wanted
+from operations.containers.milvus import backup, wanted
 from operations.containers.spec import ContainerSpec
 from operations.facts import JsonFact
 from operations.files import File, render
@@ -176,6 +176,7 @@ def milvus(
     engine: Literal["docker", "podman"] = "docker",
     index: tuple[str, str] = ("", ""),
     prune: bool = False,
+    without_backup: bool = False,
 ) -> step.Commands:
     """
     Ensure that Milvus runs within its memory budget, lets nobody in but its tenants, and has its collections.
@@ -192,6 +193,7 @@ def milvus(
     + engine: the guest's container engine
     + index: URL of pip's index and the PEM text of its CA; empty: pip's own
     + prune: remove users that are not declared
+    + without_backup: another image takes the place of a server that can't be backed up before
     """
     service = Milvus.model_validate(declared)
     spec = milvus_spec(service, data, passwords, client, gpu, engine)
@@ -218,6 +220,9 @@ def milvus(
         step.noop(f"Milvus {known['version']} runs as declared, with {holds}")
         return
 
+    images = backup.upgrade(found, spec)
+    if images:
+        backup.record(host.name, images, known, "" if tools else known.get("error", ""), without_backup)
     record(spec, actions)
     if tools:
         step.changes(f"Milvus' driver in {TOOLS}", file_diff(known.get("tools"), requirements))
@@ -240,7 +245,14 @@ def milvus(
         yield Live("python3", "-c", QuoteString(_TOOLS), QuoteString(json.dumps(order)), explain=_no_tools)
     if not profiled:
         yield files.write({PROFILES: File(profiles)})
-    yield from apply(spec, actions)
+    check = None
+    if images and not without_backup:
+        # The image first: what is written between the last answers and the replacement is not compared.
+        yield from apply(spec, replace(actions, replace="", start=""))
+        actions, name = replace(actions, pull=False), backup.name_now("upgrade")
+        yield from backup.before_upgrade(name, host.name)
+        check = backup.upgrade_check(name, data)
+    yield from apply(spec, actions, check)
     if not answers or lines or remove:
         state: dict[str, Any] = {
             "uri": uri,

@@ -136,10 +136,23 @@ def wait(order: dict[str, Any], engine: str, reason: Callable[[str], str]) -> No
             if status != 0:
                 raise Failed(f"{name} does not see the GPU: {(output + error).strip()}")
         if not lacks:
+            look(order)
             return
         if time.monotonic() >= deadline:
             raise Failed(f"{name} is not ready after {order['deadline_s']:.0f} s: {lacks}")
         time.sleep(INTERVAL_S)
+
+
+def look(order: dict[str, Any]) -> None:
+    """Have the order's own check, where it has one, look at the service that answers: its words, and its seconds.
+
+    Raises:
+        Failed: the check did.
+    """
+    if "check" in order:
+        status, output, error = run(*order["check"]["words"], timeout=order["check"]["seconds"])
+        if status != 0:
+            raise Failed(f"{order['name']}: {(error or output).strip()}")
 
 
 def silent(probe: str) -> str:
