@@ -77,8 +77,6 @@ guests = [
                 },
             ],
             "engine": _lab.get("engine", {}),
-            # The proxy has not been rehearsed together with all services yet.
-            "access": None,
             "healing": {"interval_s": 5, "grace_s": 5},
             # The simulated card runs no code, so MPS' server ends as soon as it starts; PyTorch is built for the CPU.
             "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
