@@ -16,6 +16,9 @@ from tests.lab.commands import INVENTORY, Deployed
 
 from .fault import GUEST, Act, Fault, R, S, Words, both, sh
 
+#: Those that run all the time.
+SERVICES = ("ollama", "milvus")
+
 
 def ollama(**keys: Any) -> Words:
     """Words of a deploy in which Ollama is declared otherwise."""
@@ -34,16 +37,33 @@ def runs(deployed: Deployed) -> None:
 
 
 def again(act: Act) -> Act:
-    """Do it, and wait until the engine itself has the service running again."""
+    """Do it, and wait until the engine itself has all services running again."""
 
     def waited(deployed: Deployed) -> None:
         act(deployed)
-        deadline = time.monotonic() + 30
-        while host.run(GUEST, ["docker", "exec", "ollama", "true"]).returncode != 0:
-            assert time.monotonic() < deadline, "ollama does not come back by itself"
-            time.sleep(0.5)
+        for name in SERVICES:
+            within(30, f"{name} back by itself", ["docker", "exec", name, "true"])
 
     return waited
+
+
+def within(seconds: float, what: str, command: list[str], expected: int = 0) -> str:
+    """Until the command ends so in the guest; what it then said."""
+    deadline = time.monotonic() + seconds
+    while (done := host.run(GUEST, command)).returncode != expected:
+        assert time.monotonic() < deadline, f"not {what} within {seconds:.0f} s: {done.stdout}{done.stderr}"
+        time.sleep(0.5)
+    return done.stdout + done.stderr
+
+
+def down_without_disk(deployed: Deployed) -> None:
+    """Each service is down, cannot be started by hand, and says why; nobody tries to heal it."""
+    for name in SERVICES:
+        within(60, f"{name} down", ["docker", "exec", name, "true"], expected=1)
+        refused = within(30, f"{name} refused", ["docker", "start", name], expected=1)
+        assert f"bind source path does not exist: /srv/data/{name}" in refused, refused
+    told = "nothing is mounted at /srv/data: left alone"
+    within(60, "told so", ["sh", "-c", f"test $(gpulab-heal --status | grep -c ': {told}') = {len(SERVICES)}"])
 
 
 WITHOUT_IMAGE = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
@@ -117,7 +137,7 @@ FAULTS = [
         R,
         runs,
         says="The previous container runs again.",
-        words=lambda: ollama(environment={"PATH": "/nowhere"}),
+        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=20),
         mend=runs,
     ),
     Fault(
@@ -170,7 +190,7 @@ FAULTS = [
     Fault(
         "the data disk taken away",
         S,
-        sh("umount --lazy /srv/data"),
-        checks=("system.data_disk", "containers.ollama.running"),
+        both(sh("umount --lazy /srv/data"), down_without_disk),
+        checks=("system.data_disk", *(f"containers.{name}.running" for name in SERVICES)),
     ),
 ]

@@ -215,7 +215,7 @@ def test_unit_is_made_anew_when_its_declaration_changes_and_not_left_when_that_f
     assert "OLLAMA_KEEP_ALIVE=7m" in deployed.on("gpu01", "podman", "exec", "ollama", "env").splitlines()
     file = deployed.on("gpu01", "cat", "/etc/containers/systemd/ollama.container")
 
-    done = deploy(keep_alive="7m", environment={"PATH": "/nowhere"})
+    done = deploy(keep_alive="7m", environment={"PATH": "/nowhere"}, ready_s=20)
 
     assert done.status == 1
     assert "The previous container runs again." in done.output, done.output[-3000:]
