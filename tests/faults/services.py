@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import inventory
+from operations.proxmox.config import DATA_DISK_ID
 from rehearsal import host
 from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed
@@ -56,6 +57,19 @@ def within(seconds: float, what: str, command: list[str], expected: int = 0) -> 
     return done.stdout + done.stderr
 
 
+def back_with_the_disk(deployed: Deployed) -> None:
+    """Starting any unit, as the healing's timer does, has systemd mount what it wants mounted."""
+    started = {
+        name: deployed.on(GUEST, "docker", "inspect", "--format={{.State.StartedAt}}", name) for name in SERVICES
+    }
+    deployed.on(GUEST, "umount", "--lazy", "/srv/data")
+    for name, before in started.items():
+        again = (
+            f'test "$(docker inspect --format={{{{.State.StartedAt}}}} {name})" != {before} && docker exec {name} true'
+        )
+        within(120, f"{name} back with the disk", ["sh", "-c", again])
+
+
 def down_without_disk(deployed: Deployed) -> None:
     """Each service is down, cannot be started by hand, and says why; nobody tries to heal it."""
     for name in SERVICES:
@@ -75,6 +89,14 @@ mount -t tmpfs -o size=64k full /var/lib/docker/tmp"""
 AWAY = "iptables -I OUTPUT -p tcp --dport 5000 -j REJECT --reject-with tcp-reset"
 NETWORK_GONE = """docker stop ollama > /dev/null
 docker network rm gpulab-ollama"""
+#: As when the VM loses it: neither by its id nor by its file system is it to be found.
+DISK_GONE = f"""cp -a /dev/disk/by-id/{DATA_DISK_ID} /dev/gone-link
+mv $(readlink -f /dev/disk/by-id/{DATA_DISK_ID}) /dev/gone-disk
+rm /dev/disk/by-id/{DATA_DISK_ID}
+umount --lazy /srv/data"""
+DISK_BACK = f"""cp -a /dev/gone-link /dev/disk/by-id/{DATA_DISK_ID}
+mv /dev/gone-disk $(readlink -f /dev/disk/by-id/{DATA_DISK_ID})
+rm /dev/gone-link"""
 FOREIGN = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
 docker rm --force ollama > /dev/null
 docker create --name ollama "$image" > /dev/null"""
@@ -188,9 +210,16 @@ FAULTS = [
         mend=sh("docker rm --force ollama"),
     ),
     Fault(
-        "the data disk taken away",
+        "the data disk unmounted by hand",
         S,
-        both(sh("umount --lazy /srv/data"), down_without_disk),
+        back_with_the_disk,
+    ),
+    Fault(
+        "the data disk taken away",
+        R,
+        both(sh(DISK_GONE), down_without_disk),
+        says="no such disk in the guest",
+        mend=sh(DISK_BACK),
         checks=("system.data_disk", *(f"containers.{name}.running" for name in SERVICES)),
     ),
 ]
