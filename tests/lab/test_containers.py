@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Engine:
 @pytest.fixture(scope="module", params=["docker", "podman"])
 def engine(request: pytest.FixtureRequest, deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp(request.param)
+    # Group data lies beside its inventory.
+    shutil.copytree("inventory/group_data", folder / "group_data")
     lab = folder / "lab.py"
     lab.write_text(Path(INVENTORY).read_text() + (PODMAN if request.param == "podman" else ""))
     done = deployed.pyinfra("deploy.py", "-y", *GPU01, lab=lab)
