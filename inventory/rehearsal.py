@@ -8,10 +8,12 @@ import json
 import os
 from pathlib import Path
 
+import inventory
 from inventory import InventoryError
 
 _cache = Path(os.environ.get("GPULAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "gpulab")
-_rehearsal = Path(__file__).parent.parent / "rehearsal"
+# A copy of this file with other words in it lies elsewhere.
+_rehearsal = Path(inventory.__file__).parent.parent / "rehearsal"
 _state = _cache.expanduser() / "lab"
 try:
     _lab = json.loads((_state / "lab.json").read_text())

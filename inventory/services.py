@@ -69,6 +69,8 @@ class Service(Model):
     memory_budget_mib: int = Field(ge=256)
     #: Limit of main memory, MiB. None: none.
     host_memory_mib: int | None = Field(default=None, ge=64)
+    #: Seconds that a new container has to answer and be healthy; after them the one before comes back.
+    ready_s: int = Field(default=180, ge=1)
     #: Further settings of the service. What gpulab sets itself can't be set here.
     environment: Environment = {}
 
@@ -292,6 +294,7 @@ class Milvus(Service):
     #: Port on the loopback address that tells health and metrics.
     metrics_port: Port = 9091
     memory_budget_mib: int = Field(default=3072, ge=1024)
+    ready_s: int = Field(default=240, ge=1)
     #: Device memory that its pool takes at the start, MiB; the most it takes follows from the budget.
     pool_init_mib: int = Field(default=1024, ge=1)
     #: Named ways to index; a collection names one, and users find them in the guest's /etc/gpulab/milvus.json.

@@ -101,6 +101,7 @@ def ollama_spec(
         # The image has no curl. `ps` asks the server what it has loaded.
         health=Health(("ollama", "ps"), interval_s=15, timeout_s=10, start_s=30),
         probe=f"http://127.0.0.1:{declared.port}/api/version",
+        ready_s=declared.ready_s,
         engine=engine,
     )
 

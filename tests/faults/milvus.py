@@ -127,19 +127,6 @@ for each in root.list_indexes("{DECLARED}"):
 """
 
 
-#: Any service that starts has systemd mount what `local-fs.target` wants, and the healing timer starts one every 5 s.
-DISK_AWAY = """systemctl stop gpulab-heal.timer gpulab-heal.service
-umount --lazy /srv/data"""
-
-
-def all_down(deployed: Deployed) -> None:
-    """The services go down with the disk, and stay so; nothing is written in its place."""
-    ours = "docker ps --quiet --filter label=org.gpulab.service"
-    until("all services down", lambda: succeeds(f'test -z "$({ours})"'))
-    assert not succeeds("docker start milvus 2> /dev/null") and not succeeds("docker start ollama 2> /dev/null")
-    assert deployed.on(GUEST, "ls", "-A", "/srv/data") == ""
-
-
 FAULTS = [
     Fault(
         "Milvus killed while inserting",
@@ -182,13 +169,6 @@ FAULTS = [
         S,
         both(asks(FILL), asks(DROPPED)),
         checks=("containers.milvus.indexes", "containers.milvus.collections"),
-        mend=asks(NEAREST),
-    ),
-    Fault(
-        "the data disk taken away",
-        S,
-        both(asks(FILL), sh(DISK_AWAY), all_down),
-        checks=("system.data_disk", "containers.ollama.running", "containers.milvus.running"),
         mend=asks(NEAREST),
     ),
 ]

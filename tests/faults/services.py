@@ -10,12 +10,16 @@ import time
 from typing import Any
 
 import inventory
+from operations.proxmox.config import DATA_DISK_ID
 from rehearsal import host
 from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed
 
 from . import milvus
 from .fault import GUEST, Act, Fault, R, S, Words, both, sh
+
+#: Those that run all the time.
+SERVICES = ("ollama", "milvus")
 
 
 def ollama(**keys: Any) -> Words:
@@ -35,16 +39,46 @@ def runs(deployed: Deployed) -> None:
 
 
 def again(act: Act) -> Act:
-    """Do it, and wait until the engine itself has the service running again."""
+    """Do it, and wait until the engine itself has all services running again."""
 
     def waited(deployed: Deployed) -> None:
         act(deployed)
-        deadline = time.monotonic() + 30
-        while host.run(GUEST, ["docker", "exec", "ollama", "true"]).returncode != 0:
-            assert time.monotonic() < deadline, "ollama does not come back by itself"
-            time.sleep(0.5)
+        for name in SERVICES:
+            within(30, f"{name} back by itself", ["docker", "exec", name, "true"])
 
     return waited
+
+
+def within(seconds: float, what: str, command: list[str], expected: int = 0) -> str:
+    """Until the command ends so in the guest; what it then said."""
+    deadline = time.monotonic() + seconds
+    while (done := host.run(GUEST, command)).returncode != expected:
+        assert time.monotonic() < deadline, f"not {what} within {seconds:.0f} s: {done.stdout}{done.stderr}"
+        time.sleep(0.5)
+    return done.stdout + done.stderr
+
+
+def back_with_the_disk(deployed: Deployed) -> None:
+    """Starting any unit, as the healing's timer does, has systemd mount what it wants mounted."""
+    started = {
+        name: deployed.on(GUEST, "docker", "inspect", "--format={{.State.StartedAt}}", name) for name in SERVICES
+    }
+    deployed.on(GUEST, "umount", "--lazy", "/srv/data")
+    for name, before in started.items():
+        again = (
+            f'test "$(docker inspect --format={{{{.State.StartedAt}}}} {name})" != {before} && docker exec {name} true'
+        )
+        within(120, f"{name} back with the disk", ["sh", "-c", again])
+
+
+def down_without_disk(deployed: Deployed) -> None:
+    """Each service is down, cannot be started by hand, and says why; nobody tries to heal it."""
+    for name in SERVICES:
+        within(60, f"{name} down", ["docker", "exec", name, "true"], expected=1)
+        refused = within(30, f"{name} refused", ["docker", "start", name], expected=1)
+        assert f"bind source path does not exist: /srv/data/{name}" in refused, refused
+    told = "nothing is mounted at /srv/data: left alone"
+    within(60, "told so", ["sh", "-c", f"test $(gpulab-heal --status | grep -c ': {told}') = {len(SERVICES)}"])
 
 
 WITHOUT_IMAGE = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
@@ -56,6 +90,14 @@ mount -t tmpfs -o size=64k full /var/lib/docker/tmp"""
 AWAY = "iptables -I OUTPUT -p tcp --dport 5000 -j REJECT --reject-with tcp-reset"
 NETWORK_GONE = """docker stop ollama > /dev/null
 docker network rm gpulab-ollama"""
+#: As when the VM loses it: neither by its id nor by its file system is it to be found.
+DISK_GONE = f"""cp -a /dev/disk/by-id/{DATA_DISK_ID} /dev/gone-link
+mv $(readlink -f /dev/disk/by-id/{DATA_DISK_ID}) /dev/gone-disk
+rm /dev/disk/by-id/{DATA_DISK_ID}
+umount --lazy /srv/data"""
+DISK_BACK = f"""cp -a /dev/gone-link /dev/disk/by-id/{DATA_DISK_ID}
+mv /dev/gone-disk $(readlink -f /dev/disk/by-id/{DATA_DISK_ID})
+rm /dev/gone-link"""
 FOREIGN = """image=$(docker inspect --format '{{.Config.Image}}' ollama)
 docker rm --force ollama > /dev/null
 docker create --name ollama "$image" > /dev/null"""
@@ -118,7 +160,7 @@ FAULTS = [
         R,
         runs,
         says="The previous container runs again.",
-        words=lambda: ollama(environment={"PATH": "/nowhere"}),
+        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=20),
         mend=runs,
     ),
     Fault(
@@ -167,6 +209,19 @@ FAULTS = [
         sh(FOREIGN),
         says="ollama: a container of that name is not gpulab's",
         mend=sh("docker rm --force ollama"),
+    ),
+    Fault(
+        "the data disk unmounted by hand",
+        S,
+        back_with_the_disk,
+    ),
+    Fault(
+        "the data disk taken away",
+        R,
+        both(sh(DISK_GONE), down_without_disk),
+        says="no such disk in the guest",
+        mend=sh(DISK_BACK),
+        checks=("system.data_disk", *(f"containers.{name}.running" for name in SERVICES)),
     ),
     *milvus.FAULTS,
 ]

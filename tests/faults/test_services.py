@@ -13,9 +13,11 @@ import pytest
 
 from rehearsal import host
 from tests.lab.commands import Deployed
+from tests.lab.leaks import leaks, places_of, secrets_of, watched_processes
 
 from . import healing, table
 from .healing import GUEST, Healed
+from .services import SERVICES
 from .table import Row, Verdict
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a lab needs root")
@@ -113,3 +115,23 @@ def test_guest_that_lost_its_gpu_restarts_nothing(deployed: Deployed) -> None:
     assert deployed.on(GUEST, "docker", "inspect", "--format", "{{.State.StartedAt}}", "ollama") == started
     assert host.run(GUEST, ["systemctl", "is-failed", "gpulab-heal.service"]).stdout.strip() != "failed"
     told("the guest's GPU lost", message)
+
+
+@pytest.mark.typical
+def test_no_fault_and_no_deploy_tells_a_secret(deployed: Deployed) -> None:
+    """After all other faults of the session, whose logs are still there; with all that gets a secret made anew."""
+    again = "docker rm --force milvus; rm -r /etc/nginx/gpulab /etc/gpulab/milvus.root.json"
+    deployed.on(GUEST, "sh", "-ec", again)
+    with watched_processes() as seen:
+        done = deployed.deploy("--limit", GUEST, "-vvv")
+        verified, failed = deployed.verify("--limit", GUEST)
+    assert (done.status, failed) == (0, set()), done.output[-3000:] + verified.output[-3000:]
+    assert any("milvus-tools/bin/python" in line for line in seen), "no process of Milvus' accounts was seen"
+
+    secrets, places = secrets_of(), places_of(deployed, GUEST)
+    looked_for = set(" ".join(secrets).replace(",", "").split())
+    assert {"token.ollama.astro", "milvus.root", "milvus.astro", "milvus.storage", "containers.key"} <= looked_for
+    assert {f"{GUEST}: docker {what} {name}" for what in ("inspect", "logs") for name in SERVICES} <= places.keys()
+    found = leaks(deployed, secrets=secrets, processes=str(seen), deploy=done.output, verify=verified.output)
+    assert found == []
+    told("secrets looked for", f"none of {len(secrets)} in {len(places)} logs, inspections and reports, or any process")

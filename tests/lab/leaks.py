@@ -26,6 +26,8 @@ from tests.lab.commands import INVENTORY, Deployed
 LEAST = 12
 #: Logs of the guest that systemd keeps in a form of its own, read through journalctl.
 JOURNAL = "journal"
+#: Folders of the guest whose files tell of runs: logs, jobs' logs among them, and notes of the healing.
+TOLD = ("var/log", "var/lib/gpulab")
 
 
 def secrets_of(lab: str = INVENTORY) -> dict[str, str]:
@@ -50,8 +52,9 @@ def leaks(
 ) -> list[str]:
     """`place: name of the secret` for each secret that stands where it must not.
 
-    Looked at are the guest's /var/log and journal, what Docker says of each container, its environment included, and
-    its logs, the run records and verify's reports; and whatever else is given as `texts`.
+    Looked at are the guest's /var/log, /var/lib/gpulab and journal, what its engine says of each container, its
+    environment included, and its logs, Quadlet's files, the run records and verify's reports; and whatever else is
+    given as `texts`.
     """
     secrets = secrets_of() if secrets is None else secrets
     places = {**places_of(deployed, guest), **texts}
@@ -61,16 +64,18 @@ def leaks(
 def places_of(deployed: Deployed, guest: str) -> dict[str, str]:
     """The texts in which secrets are looked for."""
     found = {}
-    logs = host.root(guest) / "var/log"
-    for path in sorted(logs.rglob("*")):
-        if path.is_file() and not path.is_symlink() and JOURNAL not in path.relative_to(logs).parts:
-            found[f"{guest}:/var/log/{path.relative_to(logs)}"] = path.read_text(errors="replace")
+    root = host.root(guest)
+    for folder in (*(root / each for each in TOLD), root / "etc/containers/systemd"):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink() and JOURNAL not in path.relative_to(folder).parts:
+                found[f"{guest}:/{path.relative_to(root)}"] = path.read_text(errors="replace")
     found[f"{guest}: journal"] = deployed.on(guest, "journalctl", "--no-pager", "--output=export", "--all")
-    names = deployed.on(guest, "docker", "ps", "--all", "--format={{.Names}}").split()
-    for name in names:
-        found[f"{guest}: docker inspect {name}"] = deployed.on(guest, "docker", "inspect", name)
-        logged = host.run(guest, ["docker", "logs", name])
-        found[f"{guest}: docker logs {name}"] = logged.stdout + logged.stderr
+    for engine in ("docker", "podman"):
+        # The other of the two is absent, or stopped.
+        for name in host.run(guest, [engine, "ps", "--all", "--format={{.Names}}"]).stdout.split():
+            found[f"{guest}: {engine} inspect {name}"] = deployed.on(guest, engine, "inspect", name)
+            logged = host.run(guest, [engine, "logs", name])
+            found[f"{guest}: {engine} logs {name}"] = logged.stdout + logged.stderr
     for folder in (deployed.reports, Path("reports")):
         for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
             if path.is_file():

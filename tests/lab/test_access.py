@@ -16,7 +16,7 @@ import pytest
 from pymilvus import MilvusException
 
 import inventory
-from inventory.secrets import Secrets
+from inventory.secrets import Secrets, previous_of
 from rehearsal import host
 from tests.lab.clients import ca, curl, milvus_client, ollama_client, openai_client, token_of, url_of
 from tests.lab.commands import INVENTORY
@@ -241,18 +241,42 @@ def test_the_log_is_turned_over(deployed: Any) -> None:
 
 
 def test_no_secret_turns_up_anywhere(deployed: Any) -> None:
-    """After a deploy, a rotation, requests of all kinds and a run that fails, all of them with -vvv."""
+    """After deploys, new passwords, a rotation, requests of all kinds, a job and a run that fails, all with -vvv."""
     old = {f"before {name}": value for name, value in secrets_of().items()}
+    lab = inventory.load(INVENTORY)
+    guest, cluster = lab.guests["gpu01"], lab.node_of(lab.guests["gpu01"]).cluster_name
+    secrets, passwords = Secrets(guest.state), ("milvus.root", "milvus.astro")
+    # What a job is given, all of it in the job's own log.
+    tell = (
+        "gpulab-run",
+        "--tenant",
+        "astro",
+        "--name",
+        "tell",
+        "--",
+        "sh",
+        "-c",
+        "env; cat /proc/mounts /proc/*/cmdline",
+    )
     with watched_processes() as seen:
         deployed.on("gpu01", "sh", "-c", "rm -rf /etc/nginx/gpulab /etc/nginx/conf.d/gpulab.conf")
-        outputs = {"deploy": deployed.deploy(*GPU01, "-vvv")}
-        outputs["plan"] = deployed.plan(*GPU01, "-vvv")
+        deployed.on("gpu01", "docker", "rm", "--force", "milvus", "ollama")
+        for name in passwords:
+            secrets.rotate(cluster, name, guest.name)
+        outputs = {"plan": deployed.plan(*GPU01, "-vvv")}
+        outputs["deploy"] = deployed.deploy(*GPU01, "-vvv")
         outputs["rotation"] = deployed.pyinfra(*ROTATE, "-vvv")
         with ollama_client("astro") as client:
             client.generate(model="tiny", prompt="stars", options={"num_predict": 4})
         for value in (token_of("astro"), token_of("ml"), STRANGER):
             curl(f"/api/version?key={value}", value)
             curl("/api/pull", value, "--data", "{}")
+        with milvus_client(f"astro:{token_of('astro', 'milvus')}", "astro") as milvus:
+            milvus.list_collections()
+        for value in (old[f"before {cluster} gpu01 milvus.astro"], STRANGER):
+            with pytest.raises(MilvusException), milvus_client(f"astro:{value}", "astro") as milvus:
+                milvus.list_collections()
+        deployed.on("gpu01", *tell)
         deployed.on(
             "gpu01", "sh", "-c", "echo 'nonsense on;' > /etc/nginx/conf.d/site.conf; rm /etc/nginx/gpulab/*.key"
         )
@@ -262,14 +286,21 @@ def test_no_secret_turns_up_anywhere(deployed: Any) -> None:
             deployed.on("gpu01", "rm", "/etc/nginx/conf.d/site.conf")
         outputs["mended"] = deployed.deploy(*GPU01, "-vvv")
         outputs["verify"], failed = deployed.verify(*GPU01, "-k", "containers")
+    for name in passwords:
+        secrets.drop(cluster, previous_of(name), guest.name)
     assert [outputs[name].status for name in ("deploy", "rotation", "failure", "mended")] == [0, 0, 1, 0]
     assert failed == set()
-    assert any("python3 -c" in line and "containers/proxy" in line for line in seen), "no run was seen"
+    for words in ("containers/proxy", "milvus-tools/bin/python -c", "gpulab-run --tenant astro"):
+        assert any(words in line for line in seen), f"no process of {words} was seen"
+    looked_at, job = places_of(deployed, "gpu01"), "gpu01:/var/log/gpulab/jobs/astro/tell.log"
+    told = {f"gpu01: docker {words} {name}" for words in ("inspect", "logs") for name in ("ollama", "milvus")}
+    assert told <= looked_at.keys() and "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT" in looked_at[job]
 
-    secrets = {**secrets_of(), **old}
-    assert len(secrets) > 6
+    hidden = {**secrets_of(), **old}
+    kinds = {"api_token", "token.ollama.astro", "milvus.root", "milvus.storage", "milvus.astro", "containers.key"}
+    assert kinds <= set(" ".join(hidden).replace(",", "").split()), sorted(hidden)
     texts = {f"output of {name}": done.output for name, done in outputs.items()}
-    found = leaks(deployed, secrets=secrets, processes=str(seen), **texts)
+    found = leaks(deployed, secrets=hidden, processes=str(seen), **texts)
     assert found == [], found
 
 

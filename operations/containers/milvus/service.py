@@ -160,7 +160,7 @@ def milvus_spec(
         secrets_key=passwords.key,
         probe=f"http://127.0.0.1:{service.metrics_port}/healthz",
         stop_s=60,
-        ready_s=240,
+        ready_s=service.ready_s,
         engine=engine,
     )
 
