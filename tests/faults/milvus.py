@@ -12,7 +12,7 @@ import inventory
 from rehearsal import host
 from tests.lab.commands import INVENTORY, Deployed
 
-from .fault import GUEST, Act, Fault, R, S, Words, both, sh
+from .fault import GUEST, Act, Fault, R, S, Words, both
 
 #: The driver's own Python, and how a program of root's on the guest logs in.
 PYTHON = "/opt/gpulab/milvus-tools/bin/python"
