@@ -156,7 +156,7 @@ def apply(spec: ContainerSpec, actions: Actions, check: Check | None = None) -> 
     if actions.replace or actions.start:
         secrets = [asdict(secret) for secret in spec.secret_files()]
         podman = spec.engine == "podman"
-        order = {
+        order: dict[str, Any] = {
             "do": "replace" if actions.replace else "start",
             "name": spec.name,
             "mounts": list(spec.mounts),
