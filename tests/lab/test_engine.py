@@ -16,6 +16,8 @@ GPU01 = ("--limit", "gpu01")
 #: The same lab with Podman on its first guest. Group data lies beside the original.
 PODMAN = """
 guests[0][1].update(engine={"kind": "podman"})
+# gpulab-run speaks to Docker alone.
+del guests[0][1]["services"]["pytorch"]
 for _name, _data in guests:
     _data["_sudo"] = True
 """
