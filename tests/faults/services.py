@@ -216,7 +216,7 @@ FAULTS = [
         back_with_the_disk,
     ),
     Fault(
-        "the data disk taken away",
+        "the data disk gone from the VM",
         R,
         both(sh(DISK_GONE), down_without_disk),
         says="no such disk in the guest",

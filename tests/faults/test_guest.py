@@ -289,7 +289,7 @@ TYPICAL = {
     "the disk full while an image is pulled",
     "the engine restarted",
     "a container's process killed",
-    "the data disk taken away",
+    "the data disk gone from the VM",
 }
 assert {fault.injected for fault in FAULTS} >= TYPICAL
 

@@ -48,7 +48,7 @@ containers.container(
     ),
 )
 containers.undeclared(
-    name="Look for others", names=["ollama", *os.environ.get("DECLARED", "probe").split()],
+    name="Look for others", names=[*guest.services.declared(), *os.environ.get("DECLARED", "probe").split()],
     engine=guest.engine.kind, prune="PRUNE" in os.environ,
 )
 """
@@ -122,7 +122,7 @@ def test_one_declaration_in_both_engines(deployed: Any, engine: Engine) -> None:
     assert deployed.changed() == []
 
     plan = run("--dry", SECRET="hidden-two")
-    assert "secret /run/secrets/root: " in plan.output and "hidden" not in plan.output
+    assert "secret /run/secrets/root: " in plan.output and "hidden" not in plan.output, plan.output[-3000:]
     assert run(SECRET="hidden-two").status == 0
     assert inside("cat", "/run/secrets/root") == "hidden-two"
     assert len(secrets()) == 1 and secrets() != kept
