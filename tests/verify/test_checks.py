@@ -106,6 +106,10 @@ ELSEWHERE = {"source": "/srv/web", "written": True, "on_data_disk": False}
 SERVICES = "containers.services"
 BY_OLLAMA = computing(900, "ollama", 5000, f"/system.slice/docker-{IDS['ollama']}.scope")
 WIDE = [{"address": "0.0.0.0", "port": port, "program": "docker-proxy"} for port in (11434, 19530, 9091)]
+#: Milvus without indexes and collections.
+EMPTY_MILVUS = {
+    key: value for key, value in GUEST["services"]["milvus"].items() if key not in ("indexes", "collections")
+}
 #: Name of a check of every service, the place below the service's observation, and what stands there instead.
 EACH_SERVICE: list[tuple[str, str, Any]] = [
     ("image", "digests", ["ollama/ollama@sha256:" + 64 * "b"]),
@@ -654,7 +658,8 @@ def test_undeclared_settings_are_the_cards_own(tmp_path: Path) -> None:
     nvidia["mps"] |= {"percentage": {"status": 0, "says": "100.0"}, "memory": {"status": 0, "says": ""}}
     nvidia |= {"tenants": {}, "cuda": {}}
     nvidia["units"]["gpulab-gpu-thermal.service"] = {"active": "", "enabled": ""}
-    services = {name: value for name, value in GUEST["services"].items() if name != "pytorch"}
+    observations["milvus"] |= {"tenants": {}, "foreign": {}, "collections": {}, "profiles": {}}
+    services = {"ollama": GUEST["services"]["ollama"], "milvus": EMPTY_MILVUS}
     lab = lab_file(tmp_path, guest={"nvidia": {"thermal": None}, "tenants": [], "services": services})
 
     run = verify(lab, plugin=Doctored(observations))
@@ -1013,9 +1018,8 @@ def test_what_milvus_holds_is_told(tmp_path: Path) -> None:
 def test_milvus_without_tenants_has_no_rights_to_check(tmp_path: Path) -> None:
     observations = healthy()
     observations["milvus"] |= {"tenants": {}, "foreign": {}, "collections": {}, "profiles": {}}
-    milvus = {key: GUEST["services"]["milvus"][key] for key in ("image", "memory_budget_mib", "pool_init_mib")}
     tenants = [{**each, "services": ["ollama"]} for each in GUEST["tenants"]]
-    guest = {"services": {"milvus": milvus, "ollama": GUEST["services"]["ollama"]}, "tenants": tenants}
+    guest = {"services": {"milvus": EMPTY_MILVUS, "ollama": GUEST["services"]["ollama"]}, "tenants": tenants}
 
     run = verify(lab_file(tmp_path, guest=guest), "-k", "containers.milvus", plugin=Doctored(observations))
 
