@@ -171,17 +171,16 @@ def headers_of(service: str, tenants: Mapping[str, Sequence[str]]) -> list[tuple
     """Each value of `Authorization` that a tenant may send, as a pattern of nginx' map, and who it is.
 
     A pattern, because nginx ignores the case of plain values. Milvus takes base64 of `user:password`, as pymilvus
-    sends it, and over REST the two themselves.
+    sends it.
     """
     found = []
     for tenant, values in tenants.items():
         for value in values:
             if service in BY_TOKEN:
                 found.append((f"^(?i:bearer) {_escaped(value)}$", tenant))
-                continue
-            login = milvus_login(tenant, value)
-            found.append((f"^{_escaped(base64.b64encode(login.encode()).decode())}$", tenant))
-            found.append((f"^(?i:bearer) {_escaped(login)}$", tenant))
+            else:
+                login = base64.b64encode(milvus_login(tenant, value).encode()).decode()
+                found.append((f"^{_escaped(login)}$", tenant))
     return found
 
 

@@ -278,8 +278,11 @@ class Backend(BaseHTTPRequestHandler):
             part = json.dumps({"part": number, "done": number == self.PARTS - 1}).encode() + b"\n"
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.flush()
-            time.sleep(self.PAUSE_S)
+            self.pause()
         self.wfile.write(b"0\r\n\r\n")
+
+    def pause(self) -> None:
+        time.sleep(self.PAUSE_S)
 
     def log_message(self, *_: Any) -> None:
         pass
