@@ -150,7 +150,10 @@ class Cuda:
         CudaError: the driver's answer is an error.
         """
         if code := self.answer(name, *arguments):
-            raise CudaError(name, code, self._say("cuGetErrorName", code), self._say("cuGetErrorString", code))
+            raise self.error(name, code)
+
+    def error(self, name: str, code: int) -> CudaError:
+        return CudaError(name, code, self._say("cuGetErrorName", code), self._say("cuGetErrorString", code))
 
     def answer(self, name: str, *arguments: Any) -> int:
         """The driver's answer to a call, 0: success."""
@@ -1126,9 +1129,11 @@ def launch_latency(bench: Bench) -> Iterator[Job]:
                     bench.launch("launch_tick", 1, 1, U64(counter))
                 cuda.call("cuEventRecord", bench.end, bench.stream)
                 # Was the card still spinning when the last one was queued?
-                queued = cuda.answer("cuEventQuery", bench.begin) == NOT_READY
+                state = cuda.answer("cuEventQuery", bench.begin)
+                if state not in (0, NOT_READY):
+                    raise cuda.error("cuEventQuery", state)
                 took = bench.elapsed()
-                if queued:
+                if state == NOT_READY:
                     return took * 1e6 / LAUNCHES
                 spin *= 2
                 if spin > MOST_SPIN_NS:
@@ -1364,14 +1369,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+def run(arguments: argparse.Namespace, cuda: Cuda, result: dict[str, Any]) -> None:
     """Fill in the result.
 
     Raises:
         CudaError, Verdict: the run is over; what was measured until then is in the result.
     """
     effort, began = QUICK if arguments.quick else FULL, time.monotonic()
-    cuda = Cuda()
     with ExitStack() as held:
         nvml = Nvml(arguments.device)
         held.callback(nvml.close)
@@ -1417,8 +1421,6 @@ def run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
             telemetry.close()
             if nvml.missing:
                 result["notes"].append(f"not known to this driver's NVML: {', '.join(sorted(nvml.missing))}")
-    if cuda.unfreed:
-        raise Verdict(f"not freed: {'; '.join(cuda.unfreed)}")
 
 
 def whole_card(nvml: Nvml, card: Mapping[str, Any]) -> list[str]:
@@ -1521,7 +1523,13 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.user:
             become(arguments.user)
         environment(arguments)
-        run(arguments, result)
+        cuda = Cuda()
+        try:
+            run(arguments, cuda, result)
+        finally:
+            result["notes"] += [f"not freed: {reason}" for reason in cuda.unfreed]
+        if cuda.unfreed:
+            raise Verdict(f"not freed: {'; '.join(cuda.unfreed)}")
     except Verdict as error:
         result["verdict"], result["reason"] = error.verdict, str(error)
     except CudaError as error:

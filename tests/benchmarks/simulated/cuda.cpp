@@ -6,10 +6,10 @@
  * error and told in the log. From the environment:
  *   SIM_LOG     file: a line for each call, and at the end what was left unfreed
  *   SIM_FAIL    CALL:N:CODE, the Nth call of this name is answered with CODE and not done; N 0: every one
- *   SIM_WRONG   kernel: flips a bit of its output, each time
+ *   SIM_WRONG   kernel or copy: adds to a byte of its output, each time
+ *   SIM_IDLE    kernel that takes its time and does nothing
  *   SIM_FLIP    WORD:BIT, a bit of the tested memory that flips as soon as it is written
- *   SIM_MIB     the card's memory
- *   SIM_HANG    CALL: waits there, for a test that kills */
+ *   SIM_MIB     the card's memory */
 #include "device.h"
 
 #include <map>
@@ -18,7 +18,6 @@
 #include <stdlib.h>
 #include <string>
 #include <ucontext.h>
-#include <unistd.h>
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -55,8 +54,6 @@ static int enter(const char *call)
 {
     int count = ++calls[call];
     told("%s%s\n", call, "");
-    const char *hang = getenv("SIM_HANG");
-    if (hang && !strcmp(hang, call)) sleep(60);
     const char *fail = getenv("SIM_FAIL");
     char name[64];
     int nth, code;
@@ -261,11 +258,10 @@ API int cuMemFreeHost(void *address)
 }
 
 static void takes_gb(size_t bytes, double rate) { clock_ms += (double)bytes / rate / 1e6; }
-static void *spoiled(const char *call, uint64_t address, size_t size)
+static void spoiled(const char *call, uint64_t address, size_t size)
 {
     const char *wrong = getenv("SIM_WRONG");
-    if (wrong && !strcmp(wrong, call)) *((char *)address + size / 2) ^= 16;
-    return NULL;
+    if (wrong && !strcmp(wrong, call)) *((char *)address + size / 2) += 16;
 }
 static int up(const char *call, uint64_t to, const void *from, size_t size)
 {
@@ -352,8 +348,10 @@ API int cuEventElapsedTime(float *ms, event_t *begin, event_t *end)
 index3 threadIdx, blockIdx;
 unsigned long long now_ns(void) { return (unsigned long long)(clock_ms * 1e6); }
 
+static bool idle;
 template <typename Body> static void plain(unsigned blocks, unsigned threads, Body body)
 {
+    if (idle) return;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) body();
 }
@@ -440,6 +438,7 @@ static void fiber()
 
 static void warps(unsigned blocks, unsigned threads, void (*body)(void *), void *given)
 {
+    if (idle) return;
     body_now = body, given_now = given;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (unsigned warp = 0; warp < threads / 32; warp++) {
@@ -475,6 +474,7 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
         return bad(__func__, "shape", INVALID_VALUE);
     told("  %s%s\n", name, "");
     std::string kernel = name;
+    idle = getenv("SIM_IDLE") && kernel == getenv("SIM_IDLE");
 #define ADDRESS(n) (*(uint64_t *)given[n])
 #define LONG(n) (*(unsigned long long *)given[n])
 #define WORD(n) (*(unsigned *)given[n])
