@@ -87,7 +87,7 @@ bench: setup ## the budget table, from the runs recorded last
 
 kernels: setup ## compile the benchmarks' CUDA C to PTX anew, with the pinned NVRTC 12.2
 	@$(BIN)/pip install -qq --disable-pip-version-check --constraint requirements.lock --editable '.[kernels]'
-	@python -m verify.benchmarks.compile
+	@python -m verify.benchmarks.nvrtc
 
 molecule: setup ## the thin molecule scenario, on a lab host
 	cd tests && molecule test
