@@ -1551,8 +1551,8 @@ def finished(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str,
 UNIT = "gpulab-bench.service"
 #: What was running before. It outlives a power cut, after which --restore brings it back.
 STATE = Path("/var/lib/gpulab/bench/drained.json")
-#: Seconds for a service to stop, and for all of it together.
-STOP_S, DRAIN_S = 60, 300
+#: Seconds for a container to stop, for all to stop or to start, and for the benchmarks.
+STOP_S, DRAIN_S, RUN_S = 60, 300, 180
 
 
 def drained(arguments: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
@@ -1568,32 +1568,36 @@ def drained(arguments: argparse.Namespace, words: Sequence[str]) -> dict[str, An
         raise Verdict("--drain must be root to stop services")
     if not Path(globals().get("__file__", "")).is_file():
         raise Verdict("--drain needs this program in a file, which systemd starts again: copy it to the guest")
-    me = str(Path(__file__).resolve())
+    if tool("systemctl", "show", "--property=ActiveState", "--value", UNIT) not in ("inactive", "failed"):
+        raise Inconclusive("another run with --drain is under way")
+    # What is wrong with the names is told here; the unit looks again.
+    standing(arguments.container, arguments.unit)
+    python = [sys.executable, "-I", str(Path(__file__).resolve())]
+    state = f"--state={arguments.state}"
     own = [f"--container={name}" for name in arguments.container] + [f"--unit={name}" for name in arguments.unit]
-    python = [sys.executable, "-I", me]
     properties = {
-        "ExecStartPre": quoted([*python, "--drain-stop", *own]),
-        "ExecStopPost": quoted([*python, "--restore"]),
+        "ExecStartPre": quoted([*python, "--drain-stop", state, *own]),
+        "ExecStopPost": quoted([*python, "--restore", state]),
         "TimeoutStartSec": str(DRAIN_S),
         "TimeoutStopSec": str(DRAIN_S),
-        "RuntimeMaxSec": "180",
+        "RuntimeMaxSec": str(RUN_S),
     }
     command = ["systemd-run", f"--unit={UNIT}", "--wait", "--pipe", "--collect", "--quiet"]
     command += [f"--property={key}={value}" for key, value in properties.items()]
-    command += ["--setenv=PYTHONUNBUFFERED=1", *python, *words]
     # In a session of its own, for a Ctrl-C to reach this process alone; the unit goes on to its end then.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        output, _ = process.communicate()
-    if STATE.exists():
-        raise Verdict(f"not all services are back: {STATE.read_text().strip()}. hint: {sys.executable} {me} --restore")
+    with subprocess.Popen(
+        [*command, *python, *words], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as unit:
+        output, _ = unit.communicate()
+    if arguments.state.exists():
+        raise Verdict(
+            f"not all that was stopped is back, see journalctl -u {UNIT}. hint: {quoted([*python, '--restore'])}"
+        )
     try:
         result: dict[str, Any] = json.loads(output)
     except ValueError:
-        raise Verdict(
-            f"the run as {UNIT} ended with status {process.returncode} and said {output[:200]!r}; "
-            f"hint: journalctl -u {UNIT}"
-        ) from None
-    result["notes"].append(f"stopped for this run, and back: {', '.join([*arguments.container, *arguments.unit])}")
+        raise Verdict(f"{UNIT} ended with status {unit.returncode} and no result, see journalctl -u {UNIT}") from None
+    result["notes"].append(f"stopped for this run, and back: {', '.join([*arguments.unit, *arguments.container])}")
     return result
 
 
@@ -1619,62 +1623,67 @@ def tool(*command: str) -> str:
     return done.stdout.strip()
 
 
-def stop_services(containers: Sequence[str], units: Sequence[str]) -> None:
+def standing(containers: Sequence[str], units: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Which of these run, by kind and name.
+
+    Raises:
+        Verdict: one is not there.
+    """
+    active = {}
+    for name in units:
+        shown = tool("systemctl", "show", "--property=LoadState", "--property=ActiveState", "--value", name).split()
+        if "loaded" not in shown:
+            raise Verdict(f"there is no unit {name}")
+        active[name] = bool({"active", "reloading"} & set(shown))
+    running = {
+        name: tool("docker", "inspect", "--type=container", "--format={{.State.Running}}", name) == "true"
+        for name in containers
+    }
+    return {"containers": running, "units": active}
+
+
+def stop_services(state: Path, containers: Sequence[str], units: Sequence[str]) -> None:
     """Stop what runs of these, units first: a timer must not bring a container back.
 
     Raises:
         Verdict: one is not there, before anything was stopped; or one does not stop.
     """
-    # A run that a power cut ended, left services down.
-    if STATE.exists():
-        start_services()
-    active = {}
-    for name in units:
-        shown = tool("systemctl", "show", "--property=LoadState", "--property=ActiveState", "--value", name).split()
-        if shown[:1] != ["loaded"]:
-            raise Verdict(f"there is no unit {name}")
-        active[name] = shown[-1] in ("active", "reloading")
-    running = {
-        name: tool("docker", "inspect", "--type=container", "--format={{.State.Running}}", name) == "true"
-        for name in containers
-    }
-    STATE.parent.mkdir(parents=True, exist_ok=True)
+    # A run that a power cut ended left services down.
+    start_services(state)
+    before = standing(containers, units)
+    state.parent.mkdir(parents=True, exist_ok=True)
     # Written before the first is stopped, and whole or not at all.
-    temporary = STATE.with_suffix(".new")
+    temporary = state.with_suffix(".new")
     with temporary.open("w") as file:
-        json.dump({"containers": running, "units": active}, file)
+        json.dump(before, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(STATE)
+    temporary.replace(state)
     for name in units:
         tool("systemctl", "stop", name)
-    for name in (name for name, was in running.items() if was):
-        tool("docker", "stop", f"--time={STOP_S}", name)
+    for name in (name for name, was in before["containers"].items() if was):
+        tool("docker", "stop", "-t", str(STOP_S), name)
 
 
-def start_services() -> None:
-    """Start what ran before, containers first; a second start is none.
+def start_services(state: Path) -> None:
+    """Start what ran before, containers first. Without a state there is nothing to start.
 
     Raises:
         Verdict: one did not start; all others are up, and the state stays for another try.
     """
-    if not STATE.exists():
+    if not state.exists():
         return
-    before, problems = json.loads(STATE.read_text()), []
+    before, problems = json.loads(state.read_text()), []
     starts = [("docker", "start", name) for name, was in before["containers"].items() if was]
     starts += [("systemctl", "start", name) for name, was in reversed(before["units"].items()) if was]
     for command in starts:
-        for again in (True, False):
-            try:
-                tool(*command)
-                break
-            except Verdict as error:
-                if not again:
-                    problems.append(str(error))
-                time.sleep(2 if again else 0)
+        try:
+            tool(*command)
+        except Verdict as error:
+            problems.append(str(error))
     if problems:
         raise Verdict("; ".join(problems))
-    STATE.unlink()
+    state.unlink()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -1696,6 +1705,7 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument(
         "--unit", action="append", default=[], metavar="NAME", help="a unit, such as the healing timer; stopped first"
     )
+    drain.add_argument("--state", type=Path, default=STATE, metavar="FILE", help="where it is kept what ran before")
     drain.add_argument("--restore", action="store_true", help="only start what an interrupted run left stopped")
     # What the unit runs before the benchmarks.
     drain.add_argument("--drain-stop", action="store_true", help=argparse.SUPPRESS)
@@ -1713,7 +1723,10 @@ def main(words: Sequence[str]) -> int:
     arguments = parser().parse_args(words)
     if arguments.restore or arguments.drain_stop:
         try:
-            start_services() if arguments.restore else stop_services(arguments.container, arguments.unit)
+            if arguments.restore:
+                start_services(arguments.state)
+            else:
+                stop_services(arguments.state, arguments.container, arguments.unit)
         except Verdict as error:
             say(str(error))
             return 1
@@ -1735,9 +1748,9 @@ def without_drain(words: Sequence[str]) -> list[str]:
     """The arguments of the run itself."""
     kept, skip = [], False
     for word in words:
-        if skip or word == "--drain" or word.startswith(("--container=", "--unit=")):
+        if skip or word == "--drain" or word.startswith(("--container=", "--unit=", "--state=")):
             skip = False
-        elif word in ("--container", "--unit"):
+        elif word in ("--container", "--unit", "--state"):
             skip = True
         else:
             kept.append(word)
