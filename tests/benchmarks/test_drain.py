@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What --drain stops and starts, with stand-ins for systemctl and docker; tests/lab/test_drain.py has systemd itself."""
+"""What --drain stops and starts, with stand-ins for systemctl and docker. The real systemd: tests/lab/test_drain.py."""
 
 from __future__ import annotations
 
