@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = """
 import sys
 from verify.benchmarks import gpubench
-gpubench.QUICK = gpubench.Effort(60.0, 0.0, 0.0, 0.0, 0.0001, 2, 2, 256 << 10, 1 << 20)
+gpubench.QUICK = gpubench.Effort(TOTAL_S, 0.0, 0.0, 0.0, 0.0001, 2, 2, 256 << 10, 1 << 20)
 gpubench.SETTLE_S = 0
 gpubench.Telemetry.EVERY_S = 0.005
 gpubench.Telemetry.LOOK_S = 0
@@ -47,18 +47,19 @@ class Driver:
             **{key: str(value) for key, value in simulation.items()},
         }
 
-    def start(self, *words: str, **simulation: object) -> subprocess.Popen[str]:
+    def start(self, *words: str, total_s: float = 60.0, **simulation: object) -> subprocess.Popen[str]:
         self.log.unlink(missing_ok=True)
+        code = TINY.replace("TOTAL_S", str(total_s))
         return subprocess.Popen(
-            [sys.executable, "-c", TINY, "--quick", "--seed=1", *words],
+            [sys.executable, "-c", code, "--quick", "--seed=1", *words],
             env=self.environment(**simulation),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *words: str, **simulation: object) -> Run:
-        with self.start(*words, **simulation) as process:
+    def run(self, *words: str, total_s: float = 60.0, **simulation: object) -> Run:
+        with self.start(*words, total_s=total_s, **simulation) as process:
             output, errors = process.communicate(timeout=120)
         return Run(process.returncode, json.loads(output), errors)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -461,6 +462,55 @@ def test_flipped_bit_of_the_memory_is_found_and_told(driver: Driver, word: int, 
 def test_memory_test_takes_its_share_of_free_memory_only(driver: Driver) -> None:
     found = driver.run("--metric=memory.pattern", "--memory-share=0.5", SIM_MIB=32)
     assert "memory.pattern: 16 MiB tested of 32 MiB that were free" in found.result["notes"]
+
+
+# Limits of a run.
+
+
+def test_run_ends_when_its_time_is_up(driver: Driver) -> None:
+    found = driver.run("--metric=fp32.fma", "--metric=memory.copy", total_s=0)
+
+    assert (found.status, found.result["verdict"]) == (4, "not run")
+    assert found.result["not_run"] == dict.fromkeys(["fp32.fma", "memory.copy"], "the time was up")
+    assert driver.left() == ""
+
+
+def test_metric_that_runs_out_of_time_says_that_samples_are_missing(driver: Driver) -> None:
+    """Between setting up and the second sample, here by a driver that takes longer to set up than the run may last."""
+    found = driver.run("--metric=tensor.fp16", total_s=2.0, SIM_SLOW_MS=1200)
+
+    assert found.result["verdict"] == "measured"
+    assert len(found.result["metrics"]["tensor.fp16"]["samples"]) == 1
+    assert "tensor.fp16: 1 samples instead of 2: the time was up" in found.result["notes"]
+
+
+def test_client_of_mps_takes_all_threads_and_its_own_limits_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=1G", "HOME": "/root"})
+    gpubench.environment(gpubench.parser().parse_args(["--mps-pipe=/run/nvidia-mps"]))
+
+    assert os.environ == {
+        "HOME": "/root",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "100",
+        "CUDA_MPS_PIPE_DIRECTORY": "/run/nvidia-mps",
+        "CUDA_CACHE_DISABLE": "1",
+        "CUDA_MODULE_LOADING": "EAGER",
+    }
+
+
+def test_unknown_user_is_told(driver: Driver) -> None:
+    found = driver.run("--user=nobody-here")
+
+    assert (found.status, found.result["verdict"]) == (1, "failed")
+    assert found.reason.startswith("can't run as nobody-here: ")
+    assert driver.calls() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_run_as_another_user_keeps_no_rights() -> None:
+    code = "from verify.benchmarks.gpubench import become, os; become('nobody'); print(os.getresuid(), os.getgroups())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    uid = pwd.getpwnam("nobody").pw_uid
+    assert done.stdout == f"{(uid, uid, uid)} []\n"
 
 
 # Old drivers.

@@ -146,8 +146,10 @@ class Cuda:
         self.unfreed: list[str] = []
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Raises:
-        CudaError: the driver's answer is an error.
+        """Call a function of the driver.
+
+        Raises:
+            CudaError: the driver's answer is an error.
         """
         if code := self.answer(name, *arguments):
             raise self.error(name, code)
@@ -170,8 +172,10 @@ class Cuda:
         return word.value.decode() if known and word.value else "unknown error"
 
     def start(self) -> None:
-        """Raises:
-        NotRun: there is no driver behind the library, or no card.
+        """Initialize the driver.
+
+        Raises:
+            NotRun: there is no driver behind the library, or no card.
         """
         text = ctypes.c_char_p()
         # The simulated card of a rehearsal says so in the text of this error.
@@ -436,8 +440,10 @@ REST_PERCENT = 5
 
 
 def leave_alone(nvml: Nvml) -> None:
-    """Raises:
-    Inconclusive: the card is in use.
+    """Go on only where nobody else uses the card.
+
+    Raises:
+        Inconclusive: the card is in use.
     """
     end = time.monotonic() + SETTLE_S
     while True:
@@ -875,8 +881,10 @@ class Bench:
         return size // 4096 * 4096
 
     def look(self) -> None:
-        """Raises:
-        Inconclusive: somebody came to the card.
+        """Go on only while nobody else has come.
+
+        Raises:
+            Inconclusive: somebody came to the card.
         """
         if self.telemetry.intruders:
             raise Inconclusive(f"GPU in use by {', '.join(self.telemetry.intruders)}, who came during the run")
@@ -1476,10 +1484,13 @@ def become(name: str) -> None:
 
 
 def environment(arguments: argparse.Namespace) -> None:
-    """What CUDA reads when it starts: all threads under MPS, no limit of our own, nothing left in the user's cache."""
+    """What CUDA reads when it starts: all threads under MPS, no limit of our own, nothing left in the user's cache, and
+    every kernel loaded before the first is timed.
+    """
     os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = "100"
     os.environ.pop("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None)
     os.environ["CUDA_CACHE_DISABLE"] = "1"
+    os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     if arguments.mps_pipe:
         os.environ["CUDA_MPS_PIPE_DIRECTORY"] = arguments.mps_pipe
 
@@ -1610,8 +1621,10 @@ def quoted(command: Sequence[str]) -> str:
 
 
 def tool(*command: str) -> str:
-    """Raises:
-    Verdict: with the command's own last line.
+    """What a command prints.
+
+    Raises:
+        Verdict: with the command's own last line.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DRAIN_S, check=False)

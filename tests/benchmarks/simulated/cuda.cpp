@@ -9,6 +9,7 @@
  *   SIM_WRONG   kernel or copy: adds to a byte of its output, each time
  *   SIM_IDLE    kernel that takes its time and does nothing
  *   SIM_FLIP    WORD:BIT, a bit of the tested memory that flips as soon as it is written
+ *   SIM_SLOW_MS so long the card's memory takes to be had, really
  *   SIM_MIB     the card's memory */
 #include "device.h"
 
@@ -18,6 +19,7 @@
 #include <stdlib.h>
 #include <string>
 #include <ucontext.h>
+#include <unistd.h>
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -225,6 +227,7 @@ API int cuMemAlloc_v2(uint64_t *address, size_t size)
     CURRENT;
     if (!size) return bad(__func__, "nothing", INVALID_VALUE);
     if (allocated + size > total()) return OUT_OF_MEMORY;
+    if (getenv("SIM_SLOW_MS")) usleep(1000 * (unsigned)atoi(getenv("SIM_SLOW_MS")));
     void *made = aligned_alloc(256, (size + 255) / 256 * 256);
     memset(made, 0x5a, size);
     memory[*address = (uint64_t)made] = size;
