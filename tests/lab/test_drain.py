@@ -7,7 +7,6 @@ The services are units; `docker` is a stand-in, and so is the driver's library, 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rehearsal import host, image, lab, machine, network, paths, processes
+from rehearsal import host, image, lab, machine, network, paths
 from rehearsal.host import HostSpec
 from verify.benchmarks import program
 
@@ -168,10 +167,7 @@ def test_power_cut_leaves_what_restore_needs(guest: HostSpec) -> None:
     wait(DOWN, 10)
     wait(f"test $({BENCH}) -gt 0", 10)
     # Nothing of the guest's gets another turn.
-    init = processes.look_up(host.leader(NAME) or 0)
-    assert init is not None
-    init.send(signal.SIGKILL)
-    assert processes.wait_gone([init], 10) == []
+    host.stop(NAME, timeout=0)
     host.start(guest)
     booted()
 

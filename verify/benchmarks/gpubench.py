@@ -104,6 +104,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRetain": (POINTER, INT),
     "cuDevicePrimaryCtxRelease_v2": (INT,),
     "cuCtxSetCurrent": (POINTER,),
+    "cuCtxSynchronize": (),
     "cuModuleLoadDataEx": (POINTER, ctypes.c_char_p, UINT, POINTER, POINTER),
     "cuModuleGetFunction": (POINTER, POINTER, ctypes.c_char_p),
     "cuModuleUnload": (POINTER,),
@@ -835,6 +836,8 @@ class Bench:
         chunk = tile * max(1, min(size // len(tile) + 1, 32 * MIB // len(tile)))
         for begin in range(0, size, len(chunk)):
             self.cuda.call("cuMemcpyHtoD_v2", address + begin, chunk, min(len(chunk), size - begin))
+        # The last bytes may still be under way, and our stream does not wait for them.
+        self.cuda.call("cuCtxSynchronize")
 
     def wrong(self, address: int, tile: bytes, size: int) -> int:
         """Words of device memory that are not as the repeated tile has them."""
@@ -1289,7 +1292,7 @@ class Pattern:
         self.write(seed, 0)
         cuda.call("cuStreamSynchronize", self.bench.stream)
         flipped = word_of(number, seed, 0) ^ 1 << bit
-        cuda.call("cuMemcpyHtoD_v2", address + place * 4, words([flipped], "I"), 4)
+        self.bench.upload(address + place * 4, words([flipped], "I"), 4)
         found, bits, told = self.read(seed, 0)
         if (number, flipped ^ 1 << bit, flipped) not in told or found != 1 or bits != 1:
             # With more than one, the memory is bad already before the test.

@@ -3,7 +3,9 @@
  * is asked.
  *
  * Every wrong use (memory that is not there or too short, a handle that is not alive, no context) is answered with an
- * error and told in the log. From the environment:
+ * error and told in the log. Streams are as lazy as they may be: what is queued on one happens when somebody waits for
+ * it, and a copy from ordinary memory may still be under way when its call returns, until the context is waited for.
+ * So a program that forgets to wait gets wrong results here. From the environment:
  *   SIM_LOG     file: a line for each call, and at the end what was left unfreed
  *   SIM_FAIL    CALL:N:CODE, the Nth call of this name is answered with CODE and not done; N 0: every one
  *   SIM_WRONG   kernel or copy: adds to a byte of its output, each time
@@ -13,6 +15,8 @@
  *   SIM_MIB     the card's memory */
 #include "device.h"
 
+#include <deque>
+#include <functional>
 #include <map>
 #include <set>
 #include <stdio.h>
@@ -32,8 +36,11 @@ static const int SMS = 2, L2 = 65536;
 static const double DEVICE_GB = 400, PINNED_UP = 20, PINNED_DOWN = 16, PAGEABLE_UP = 5, PAGEABLE_DOWN = 4, FLOPS = 1e9, TICK_US = 3;
 
 static std::map<uint64_t, size_t> memory, pinned;
-static std::set<void *> streams, modules;
-struct event_t { double at; bool seen; };
+static std::set<void *> modules;
+typedef std::deque<std::function<void()>> queue_t;
+static std::map<void *, queue_t> streams;
+/* `done` when the stream has come to it; `turn` counts its records. */
+struct event_t { double at; bool done; void *stream; int turn; };
 static std::set<event_t *> events;
 static std::map<std::string, int> calls;
 static double clock_ms;
@@ -78,6 +85,21 @@ static bool within(const std::map<uint64_t, size_t> &all, uint64_t address, size
     if (next == all.begin()) return false;
     --next;
     return address - next->first <= next->second && size <= next->second - (address - next->first);
+}
+
+/* Of the default stream: what has not arrived yet. */
+static queue_t arriving;
+static void run(queue_t &queue) { while (!queue.empty()) { auto work = queue.front(); queue.pop_front(); work(); } }
+static void run_all() { run(arriving); for (auto &stream : streams) run(stream.second); }
+static void reach(event_t *event)
+{
+    for (int turn = event->turn; !event->done && event->turn == turn;) {
+        queue_t &queue = streams[event->stream];
+        if (queue.empty()) break;
+        auto work = queue.front();
+        queue.pop_front();
+        work();
+    }
 }
 
 static void at_end() __attribute__((destructor));
@@ -162,6 +184,8 @@ API int cuDevicePrimaryCtxRelease_v2(int device)
 }
 API int cuCtxSetCurrent(void *context) { ENTER; if (context != &retained) return bad(__func__, "context", INVALID_CONTEXT); current = 1; return OK; }
 
+API int cuCtxSynchronize() { CURRENT; run_all(); return OK; }
+
 API int cuModuleLoadDataEx(void **module, const char *text, unsigned count, const int *options, void **values)
 {
     CURRENT;
@@ -239,6 +263,7 @@ API int cuMemFree_v2(uint64_t address)
     CURRENT;
     auto found = memory.find(address);
     if (found == memory.end()) return bad(__func__, "not allocated", INVALID_VALUE);
+    run_all();
     allocated -= found->second;
     free((void *)address);
     memory.erase(found);
@@ -255,7 +280,9 @@ API int cuMemHostAlloc(void **address, size_t size, unsigned flags)
 API int cuMemFreeHost(void *address)
 {
     CURRENT;
-    if (!pinned.erase((uint64_t)address)) return bad(__func__, "not allocated", INVALID_VALUE);
+    if (!pinned.count((uint64_t)address)) return bad(__func__, "not allocated", INVALID_VALUE);
+    run_all();
+    pinned.erase((uint64_t)address);
     free(address);
     return OK;
 }
@@ -266,34 +293,54 @@ static void spoiled(const char *call, uint64_t address, size_t size)
     const char *wrong = getenv("SIM_WRONG");
     if (wrong && !strcmp(wrong, call)) *((char *)address + size / 2) += 16;
 }
-static int up(const char *call, uint64_t to, const void *from, size_t size)
+static void arrive(const char *call, uint64_t to, uint64_t from, size_t size, double rate)
 {
-    if (!within(memory, to, size)) return bad(call, "device memory", INVALID_VALUE);
-    memcpy((void *)to, from, size);
-    takes_gb(size, within(pinned, (uint64_t)from, size) ? PINNED_UP : PAGEABLE_UP);
+    memcpy((void *)to, (void *)from, size);
+    takes_gb(size, rate);
     spoiled(call, to, size);
-    return OK;
-}
-static int down(const char *call, void *to, uint64_t from, size_t size)
-{
-    if (!within(memory, from, size)) return bad(call, "device memory", INVALID_VALUE);
-    memcpy(to, (void *)from, size);
-    takes_gb(size, within(pinned, (uint64_t)to, size) ? PINNED_DOWN : PAGEABLE_DOWN);
-    spoiled(call, (uint64_t)to, size);
-    return OK;
 }
 #define STREAM if (!streams.count(stream)) return bad(__func__, "stream", INVALID_HANDLE)
-API int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t size) { CURRENT; return up(__func__, to, from, size); }
-API int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t size) { CURRENT; return down(__func__, to, from, size); }
-API int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) { CURRENT; STREAM; return up(__func__, to, from, size); }
-API int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) { CURRENT; STREAM; return down(__func__, to, from, size); }
+API int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t size)
+{
+    CURRENT;
+    if (!within(memory, to, size)) return bad(__func__, "device memory", INVALID_VALUE);
+    run(arriving);
+    std::string staged((const char *)from, size);
+    arriving.push_back([=] { arrive("cuMemcpyHtoD_v2", to, (uint64_t)staged.data(), size, PAGEABLE_UP); });
+    return OK;
+}
+API int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t size)
+{
+    CURRENT;
+    if (!within(memory, from, size)) return bad(__func__, "device memory", INVALID_VALUE);
+    run(arriving);
+    arrive(__func__, (uint64_t)to, from, size, PAGEABLE_DOWN);
+    return OK;
+}
+API int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream)
+{
+    CURRENT;
+    STREAM;
+    if (!within(memory, to, size)) return bad(__func__, "device memory", INVALID_VALUE);
+    double rate = within(pinned, (uint64_t)from, size) ? PINNED_UP : PAGEABLE_UP;
+    streams[stream].push_back([=] { arrive("cuMemcpyHtoDAsync_v2", to, (uint64_t)from, size, rate); });
+    return OK;
+}
+API int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream)
+{
+    CURRENT;
+    STREAM;
+    if (!within(memory, from, size)) return bad(__func__, "device memory", INVALID_VALUE);
+    double rate = within(pinned, (uint64_t)to, size) ? PINNED_DOWN : PAGEABLE_DOWN;
+    streams[stream].push_back([=] { arrive("cuMemcpyDtoHAsync_v2", (uint64_t)to, from, size, rate); });
+    return OK;
+}
 API int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void *stream)
 {
     CURRENT;
     STREAM;
     if (!within(memory, to, size)) return bad(__func__, "device memory", INVALID_VALUE);
-    memset((void *)to, value, size);
-    takes_gb(size, DEVICE_GB);
+    streams[stream].push_back([=] { memset((void *)to, value, size); takes_gb(size, DEVICE_GB); });
     return OK;
 }
 
@@ -301,19 +348,27 @@ API int cuStreamCreate(void **stream, unsigned flags)
 {
     CURRENT;
     if (flags != 1) return bad(__func__, "flags", INVALID_VALUE);
-    streams.insert(*stream = malloc(1));
+    streams[*stream = malloc(1)] = queue_t();
     return OK;
 }
-API int cuStreamDestroy_v2(void *stream) { CURRENT; STREAM; streams.erase(stream); free(stream); return OK; }
-API int cuStreamSynchronize(void *stream) { CURRENT; STREAM; return OK; }
+API int cuStreamDestroy_v2(void *stream) { CURRENT; STREAM; run(streams[stream]); streams.erase(stream); free(stream); return OK; }
+API int cuStreamSynchronize(void *stream) { CURRENT; STREAM; run(streams[stream]); return OK; }
 
 #define EVENT(event) if (!events.count(event)) return bad(__func__, "event", INVALID_HANDLE)
-API int cuStreamWaitEvent(void *stream, event_t *event, unsigned flags) { CURRENT; STREAM; EVENT(event); return flags ? INVALID_VALUE : OK; }
+API int cuStreamWaitEvent(void *stream, event_t *event, unsigned flags)
+{
+    CURRENT;
+    STREAM;
+    EVENT(event);
+    if (flags) return bad(__func__, "flags", INVALID_VALUE);
+    streams[stream].push_back([=] { reach(event); });
+    return OK;
+}
 API int cuEventCreate(event_t **event, unsigned flags)
 {
     CURRENT;
     if (flags != 1) return bad(__func__, "flags", INVALID_VALUE);
-    events.insert(*event = new event_t{-1, false});
+    events.insert(*event = new event_t{-1, false, NULL, 0});
     return OK;
 }
 API int cuEventDestroy_v2(event_t *event) { CURRENT; EVENT(event); events.erase(event); delete event; return OK; }
@@ -322,26 +377,25 @@ API int cuEventRecord(event_t *event, void *stream)
     CURRENT;
     STREAM;
     EVENT(event);
-    *event = {clock_ms, false};
+    *event = {-1, false, stream, event->turn + 1};
+    streams[stream].push_back([=] { event->at = clock_ms, event->done = true; });
     return OK;
 }
 API int cuEventSynchronize(event_t *event)
 {
     CURRENT;
     EVENT(event);
-    if (event->at < 0) return bad(__func__, "not recorded", INVALID_HANDLE);
-    for (event_t *each : events)
-        if (each->at <= event->at) each->seen = true;
+    if (!event->stream) return bad(__func__, "not recorded", INVALID_HANDLE);
+    reach(event);
     return OK;
 }
-/* Nothing counts as done that nobody waited for. */
-API int cuEventQuery(event_t *event) { CURRENT; EVENT(event); return event->seen ? OK : NOT_READY; }
+API int cuEventQuery(event_t *event) { CURRENT; EVENT(event); return event->done ? OK : NOT_READY; }
 API int cuEventElapsedTime(float *ms, event_t *begin, event_t *end)
 {
     CURRENT;
     EVENT(begin);
     EVENT(end);
-    if (!end->seen || begin->at < 0) return bad(__func__, "not waited for", NOT_READY);
+    if (!end->done || !begin->done) return bad(__func__, "not waited for", NOT_READY);
     *ms = (float)(end->at - begin->at);
     return OK;
 }
@@ -467,6 +521,14 @@ static void warps(unsigned blocks, unsigned threads, void (*body)(void *), void 
 
 struct tensor_t { void *out; const unsigned *table; unsigned rounds; };
 
+/* What a kernel is given, by value, as a launch keeps it. */
+struct given_t {
+    uint64_t address[3];
+    unsigned long long count, base;
+    unsigned word, flip;
+    float factor;
+};
+
 API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                        unsigned shared, void *stream, void **given, void **extra)
 {
@@ -477,63 +539,86 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
         return bad(__func__, "shape", INVALID_VALUE);
     told("  %s%s\n", name, "");
     std::string kernel = name;
-    idle = getenv("SIM_IDLE") && kernel == getenv("SIM_IDLE");
+    given_t g = {};
+    double ms = 0;
+    size_t size = 4;
+    std::function<void()> body;
 #define ADDRESS(n) (*(uint64_t *)given[n])
 #define LONG(n) (*(unsigned long long *)given[n])
 #define WORD(n) (*(unsigned *)given[n])
 #define NEEDS(n, bytes) if (!within(memory, ADDRESS(n), bytes)) return bad(name, "argument " #n, INVALID_VALUE)
 #define COVERS(vectors) if (bx != 256 || gx != ((vectors) + 1023) / 1024) return bad(name, "grid", INVALID_VALUE)
-    uint64_t out = ADDRESS(0);
-    size_t size = 4;
-    if (kernel == "memory_copy") {
-        size = LONG(2) * 16;
-        COVERS(LONG(2)); NEEDS(0, size); NEEDS(1, size);
-        plain(gx, bx, [&] { memory_copy((uint4 *)out, (uint4 *)ADDRESS(1), LONG(2)); });
-        takes_gb(2 * size, DEVICE_GB);
-    } else if (kernel == "memory_triad") {
-        size = LONG(4) * 16;
-        COVERS(LONG(4)); NEEDS(0, size); NEEDS(1, size); NEEDS(2, size);
-        plain(gx, bx, [&] { memory_triad((float4 *)out, (float4 *)ADDRESS(1), (float4 *)ADDRESS(2), *(float *)given[3], LONG(4)); });
-        takes_gb(3 * size, DEVICE_GB);
-    } else if (kernel == "pattern_write") {
-        size = LONG(1) * 16;
-        COVERS(LONG(1)); NEEDS(0, size);
-        plain(gx, bx, [&] { pattern_write((uint4 *)out, LONG(1), LONG(2), WORD(3), WORD(4)); });
-        unsigned long long word;
-        unsigned bit;
-        const char *flip = getenv("SIM_FLIP");
-        if (flip && sscanf(flip, "%llu:%u", &word, &bit) == 2 && word >= LONG(2) && word - LONG(2) < LONG(1) * 4)
-            ((unsigned *)out)[word - LONG(2)] ^= 1u << bit;
-        takes_gb(size, DEVICE_GB);
-    } else if (kernel == "pattern_check") {
-        COVERS(LONG(1)); NEEDS(0, LONG(1) * 16); NEEDS(5, 16 + 64 * 16);
-        plain(gx, bx, [&] { pattern_check((uint4 *)out, LONG(1), LONG(2), WORD(3), WORD(4), (void *)ADDRESS(5)); });
-        takes_gb(LONG(1) * 16, DEVICE_GB);
+#define MS_OF(bytes) ((double)(bytes) / DEVICE_GB / 1e6)
+    if (kernel == "launch_spin") {
+        double spun = (double)LONG(0) / 1e6;
+        streams[stream].push_back([=] { clock_ms += spun; });
         return OK;
+    }
+    g.address[0] = ADDRESS(0);
+    if (kernel == "memory_copy") {
+        g.count = LONG(2), size = g.count * 16;
+        COVERS(g.count); NEEDS(0, size); NEEDS(1, size);
+        g.address[1] = ADDRESS(1);
+        body = [=] { plain(gx, bx, [&] { memory_copy((uint4 *)g.address[0], (uint4 *)g.address[1], g.count); }); };
+        ms = MS_OF(2 * size);
+    } else if (kernel == "memory_triad") {
+        g.count = LONG(4), size = g.count * 16;
+        COVERS(g.count); NEEDS(0, size); NEEDS(1, size); NEEDS(2, size);
+        g.address[1] = ADDRESS(1), g.address[2] = ADDRESS(2), g.factor = *(float *)given[3];
+        body = [=] { plain(gx, bx, [&] {
+            memory_triad((float4 *)g.address[0], (float4 *)g.address[1], (float4 *)g.address[2], g.factor, g.count);
+        }); };
+        ms = MS_OF(3 * size);
+    } else if (kernel == "pattern_write" || kernel == "pattern_check") {
+        bool check = kernel == "pattern_check";
+        g.count = LONG(1), g.base = LONG(2), g.word = WORD(3), g.flip = WORD(4), size = g.count * 16;
+        COVERS(g.count); NEEDS(0, size);
+        ms = MS_OF(size);
+        if (check) {
+            NEEDS(5, 16 + 64 * 16);
+            g.address[1] = ADDRESS(5);
+            size = 0;
+        }
+        body = [=] {
+            plain(gx, bx, [&] {
+                if (check) pattern_check((uint4 *)g.address[0], g.count, g.base, g.word, g.flip, (void *)g.address[1]);
+                else pattern_write((uint4 *)g.address[0], g.count, g.base, g.word, g.flip);
+            });
+            unsigned long long word;
+            unsigned bit;
+            const char *flip = check ? NULL : getenv("SIM_FLIP");
+            if (flip && sscanf(flip, "%llu:%u", &word, &bit) == 2 && word >= g.base && word - g.base < g.count * 4)
+                ((unsigned *)g.address[0])[word - g.base] ^= 1u << bit;
+        };
     } else if (kernel == "fp32_fma") {
         size = (size_t)gx * 8 * 256 * 4;
         NEEDS(0, size); NEEDS(1, 12 * 256 * 4);
         if (bx != 256) return bad(name, "block", INVALID_VALUE);
-        plain(gx, bx, [&] { fp32_fma((float *)out, (float *)ADDRESS(1), WORD(2)); });
-        clock_ms += 2.0 * 8 * (32.0 * WORD(2) + 2) * 256 * gx / FLOPS * 1e3;
+        g.address[1] = ADDRESS(1), g.word = WORD(2);
+        body = [=] { plain(gx, bx, [&] { fp32_fma((float *)g.address[0], (float *)g.address[1], g.word); }); };
+        ms = 2.0 * 8 * (32.0 * g.word + 2) * 256 * gx / FLOPS * 1e3;
     } else if (kernel.rfind("tensor_", 0) == 0) {
         size = (size_t)gx * 8 * 32 * 32 * 4;
         NEEDS(0, size); NEEDS(1, 8 * 32 * (16 + 16 + 32) * 4);
         if (bx != 256) return bad(name, "block", INVALID_VALUE);
-        tensor_t what = {(void *)out, (unsigned *)ADDRESS(1), WORD(2)};
+        tensor_t what = {(void *)ADDRESS(0), (unsigned *)ADDRESS(1), WORD(2)};
         double depth = kernel == "tensor_tf32" ? 8 : kernel == "tensor_int8" ? 32 : 16;
 #define BODY(kind, type) [](void *g) { tensor_t *t = (tensor_t *)g; tensor_##kind((type *)t->out, t->table, t->rounds); }
-        warps(gx, bx, kernel == "tensor_fp16" ? (void (*)(void *))BODY(fp16, float) : kernel == "tensor_bf16" ? BODY(bf16, float)
-                      : kernel == "tensor_tf32" ? BODY(tf32, float) : BODY(int8, int), &what);
-        clock_ms += 2.0 * 16 * 8 * depth * 32 * WORD(2) * 8 * gx / FLOPS * 1e3;
-    } else if (kernel == "launch_spin") {
-        clock_ms += (double)LONG(0) / 1e6;
-        return OK;
+        void (*lane)(void *) = kernel == "tensor_fp16" ? (void (*)(void *))BODY(fp16, float)
+                             : kernel == "tensor_bf16" ? BODY(bf16, float)
+                             : kernel == "tensor_tf32" ? BODY(tf32, float) : BODY(int8, int);
+        body = [=] { tensor_t own = what; warps(gx, bx, lane, &own); };
+        ms = 2.0 * 16 * 8 * depth * 32 * what.rounds * 8 * gx / FLOPS * 1e3;
     } else {
         NEEDS(0, 4);
-        plain(gx, bx, [&] { launch_tick((unsigned *)out); });
-        clock_ms += TICK_US / 1e3;
+        body = [=] { plain(gx, bx, [&] { launch_tick((unsigned *)g.address[0]); }); };
+        ms = TICK_US / 1e3;
     }
-    spoiled(name, out, size);
+    streams[stream].push_back([=] {
+        idle = getenv("SIM_IDLE") && kernel == getenv("SIM_IDLE");
+        body();
+        clock_ms += ms;
+        if (size) spoiled(name, g.address[0], size);
+    });
     return OK;
 }
