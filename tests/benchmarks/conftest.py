@@ -24,6 +24,7 @@ import sys
 from verify.benchmarks import gpubench
 gpubench.QUICK = gpubench.Effort(TOTAL_S, 0.0, 0.0, 0.0, 0.0001, 2, 2, 256 << 10, 1 << 20)
 gpubench.SETTLE_S = 0
+gpubench.GRACE_S = GRACE
 gpubench.Telemetry.EVERY_S = 0.005
 gpubench.Telemetry.LOOK_S = 0
 sys.exit(gpubench.main(sys.argv[1:]))
@@ -47,9 +48,11 @@ class Driver:
             **{key: str(value) for key, value in simulation.items()},
         }
 
-    def start(self, *words: str, total_s: float = 60.0, **simulation: object) -> subprocess.Popen[str]:
+    def start(
+        self, *words: str, total_s: float = 60.0, grace_s: float = 60.0, **simulation: object
+    ) -> subprocess.Popen[str]:
         self.log.unlink(missing_ok=True)
-        code = TINY.replace("TOTAL_S", str(total_s))
+        code = TINY.replace("TOTAL_S", str(total_s)).replace("GRACE\n", f"{grace_s}\n")
         return subprocess.Popen(
             [sys.executable, "-c", code, "--quick", "--seed=1", *words],
             env=self.environment(**simulation),
@@ -58,8 +61,8 @@ class Driver:
             text=True,
         )
 
-    def run(self, *words: str, total_s: float = 60.0, **simulation: object) -> Run:
-        with self.start(*words, total_s=total_s, **simulation) as process:
+    def run(self, *words: str, total_s: float = 60.0, grace_s: float = 60.0, **simulation: object) -> Run:
+        with self.start(*words, total_s=total_s, grace_s=grace_s, **simulation) as process:
             output, errors = process.communicate(timeout=120)
         return Run(process.returncode, json.loads(output), errors)
 

@@ -100,6 +100,9 @@ def test_report_holds_what_readers_of_it_expect(driver: Driver) -> None:
     assert "memory.copy: 400 GB/s (median of 2, checked)" in found.errors
     keys = {"unit", "better", "samples", "checked", "wrong", "sm_mhz", "memory_mhz", "limit", "limit_of"}
     assert all(set(metric) == keys for metric in result["metrics"].values())
+    # The longest metric is long enough for its clocks to be read.
+    longest = result["metrics"]["memory.pattern"]
+    assert (longest["sm_mhz"], longest["memory_mhz"]) == (1500, 7000)
 
 
 def test_limits_are_of_the_clock_held() -> None:
@@ -485,6 +488,15 @@ def test_metric_that_runs_out_of_time_says_that_samples_are_missing(driver: Driv
     assert found.result["verdict"] == "measured"
     assert len(found.result["metrics"]["tensor.fp16"]["samples"]) == 1
     assert "tensor.fp16: 1 samples instead of 2: the time was up" in found.result["notes"]
+
+
+def test_card_that_stops_answering_ends_the_run(driver: Driver) -> None:
+    found = driver.run("--metric=memory.copy", total_s=1.0, grace_s=2.0, SIM_HANG="cuEventSynchronize")
+
+    assert (found.status, found.result["verdict"]) == (1, "failed")
+    assert found.reason == "the card does not answer: memory.copy takes for ever"
+    assert found.result["not_run"] == {"memory.copy": found.reason}
+    assert found.result["telemetry"]
 
 
 def test_client_of_mps_takes_all_threads_and_its_own_limits_away(monkeypatch: pytest.MonkeyPatch) -> None:

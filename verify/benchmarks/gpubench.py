@@ -840,8 +840,7 @@ class Bench:
         self.cuda.call("cuCtxSynchronize")
 
     def wrong(self, address: int, tile: bytes, size: int) -> int:
-        """Words of device memory that are not as the repeated tile has them."""
-        self.cuda.call("cuStreamSynchronize", self.stream)
+        """Words of device memory that are not as the repeated tile has them. What made them is done."""
         chunk = len(tile) * max(1, min(size // len(tile) + 1, 32 * MIB // len(tile)))
         buffer = ctypes.create_string_buffer(min(chunk, size))
         count = 0
@@ -1528,9 +1527,27 @@ def blank(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+#: Seconds after the end of its time that a run may still take; then the card has stopped answering.
+GRACE_S = 30.0
+
+
+def overdue(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """End the process although a call of the driver does not return: no signal would reach it there."""
+    names = [name for name in arguments.metric or METRICS if name not in result["metrics"] | result["not_run"]]
+    result["verdict"] = "failed"
+    result["reason"] = f"the card does not answer: {names[0] if names else 'the end of the run'} takes for ever"
+    print(json.dumps(finished(arguments, result)), flush=True)
+    say(f"failed: {result['reason']}")
+    os._exit(EXIT["failed"])
+
+
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole result; it is there whatever happens."""
     began, result = time.monotonic(), blank(arguments)
+    limit_s = (QUICK if arguments.quick else FULL).total_s + GRACE_S
+    watch = threading.Timer(limit_s, overdue, (arguments, result))
+    watch.daemon = True
+    watch.start()
     for number in SIGNALS:
         signal.signal(number, stopped)
     try:
@@ -1548,6 +1565,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         result["verdict"], result["reason"] = error.verdict, str(error)
     except CudaError as error:
         result["verdict"], result["reason"] = "failed", str(error)
+    watch.cancel()
     result["duration_s"] = round(time.monotonic() - began, 3)
     return finished(arguments, result)
 

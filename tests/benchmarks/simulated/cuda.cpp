@@ -11,6 +11,7 @@
  *   SIM_WRONG   kernel or copy: adds to a byte of its output, each time
  *   SIM_IDLE    kernel that takes its time and does nothing
  *   SIM_FLIP    WORD:BIT, a bit of the tested memory that flips as soon as it is written
+ *   SIM_HANG    CALL that does not return
  *   SIM_SLOW_MS so long the card's memory takes to be had, really
  *   SIM_MIB     the card's memory */
 #include "device.h"
@@ -63,6 +64,8 @@ static int enter(const char *call)
 {
     int count = ++calls[call];
     told("%s%s\n", call, "");
+    const char *hang = getenv("SIM_HANG");
+    while (hang && !strcmp(hang, call)) pause();
     const char *fail = getenv("SIM_FAIL");
     char name[64];
     int nth, code;
