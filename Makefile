@@ -11,7 +11,7 @@ LAB_TESTS ?= tests/lab
 GUEST_FAULTS := tests/faults/test_guest.py tests/faults/test_services.py tests/faults/test_jobs.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench molecule lock clean
+.PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench kernels molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,10 @@ verify: setup ## check every promise of LAB from outside
 
 bench: setup ## the budget table, from the runs recorded last
 	@python -m rehearsal bench
+
+kernels: setup ## compile the benchmarks' CUDA C to PTX anew, with the pinned NVRTC 12.2
+	@$(BIN)/pip install -qq --disable-pip-version-check --constraint requirements.lock --editable '.[kernels]'
+	@python -m verify.benchmarks.nvrtc
 
 molecule: setup ## the thin molecule scenario, on a lab host
 	cd tests && molecule test
