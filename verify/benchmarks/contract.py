@@ -172,4 +172,8 @@ def _words(error: Any) -> str:
             return f"{key}: expected {error['ctx']['error']}"
         case "model_type" | "model_attributes_type":
             return f"{key}: expected an object, got {got}"
+        case "string_pattern_mismatch":
+            return f"{key}: expected text of the form {error['ctx']['pattern']}, got {got}"
+        case "too_short":
+            return f"{key}: expected at least {error['ctx']['min_length']} of them, got {got}"
     return f"{key}: expected {error['msg'].removeprefix('Input should be ')}, got {got}"

@@ -112,7 +112,7 @@ def limit(name: str, gpu: Gpu, metric: Metric) -> Limit | None:
     """The most that the card can do at the clocks that it held (its highest, where they were not seen).
 
     gpubench states its own; here it is worked out again from the card's figures, but for the tensor cores, whose
-    operations a clock depend on more than the PCI id and compute capability say.
+    operations a clock differ between boards of one compute capability.
     """
     if name.startswith("memory.") and metric.unit == "GB/s":
         # Two transfers a clock on each pin: GDDR and HBM alike, as NVML counts their clock.
