@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verify.benchmarks.changes import ALPHA, LEAST, ORDERS, find
+from verify.benchmarks.changes import ALPHA, BINS, LEAST, ORDERS, find, levels
 
 NOISE = 0.02
 
@@ -120,3 +121,17 @@ def test_changes_are_in_order_and_leave_enough_runs_on_each_side(series: list[fl
     places = [0, *(change.index for change in find(series, noise=NOISE)), len(series)]
 
     assert all(right - left >= LEAST for left, right in pairwise(places) if len(places) > 2)
+
+
+@pytest.mark.parametrize("n", [1, 6, BINS, 1000, 4001])
+def test_steady_samples_have_one_level_however_many(n: int) -> None:
+    samples = drawn(steady, n, n)
+
+    assert levels(samples, noise=NOISE) == [statistics.median(samples)]
+
+
+@pytest.mark.parametrize("n", [20, 400, 4000])
+def test_samples_that_fall_have_two_levels(n: int) -> None:
+    samples = [each - (10 if i >= n // 2 else 0) for i, each in enumerate(drawn(steady, n, 1))]
+
+    assert levels(samples, noise=NOISE) == [pytest.approx(100, abs=1), pytest.approx(90, abs=1)]

@@ -26,6 +26,8 @@ ALPHA = 0.01
 LEAST = 3
 #: Orders that a candidate is compared with. The least number that can show ALPHA is 1 / ALPHA - 1.
 ORDERS = 999
+#: Samples of one run are drawn together to this many, so that thousands of them take no longer.
+BINS = 40
 #: So that the same series always has the same answer.
 SEED = 20261129
 
@@ -52,11 +54,19 @@ def find(series: Sequence[float], *, noise: float) -> list[Change]:
     """
     found = _find(list(series), 0, noise)
     places = [0, *(index for index, _ in found), len(series)]
-    levels = [statistics.median(series[start:end]) for start, end in pairwise(places) if end > start]
+    medians = [statistics.median(series[start:end]) for start, end in pairwise(places) if end > start]
     return [
         Change(index, before, after, chance)
-        for (index, chance), (before, after) in zip(found, pairwise(levels), strict=True)
+        for (index, chance), (before, after) in zip(found, pairwise(medians), strict=True)
     ]
+
+
+def levels(samples: Sequence[float], *, noise: float) -> list[float]:
+    """The medians of the levels that the samples of one run had, in order: one level if they were steady."""
+    size = -(-len(samples) // BINS)
+    bins = [statistics.median(samples[start : start + size]) for start in range(0, len(samples), size)]
+    places = [0, *(change.index * size for change in find(bins, noise=noise)), len(samples)]
+    return [statistics.median(samples[start:end]) for start, end in pairwise(places)]
 
 
 def _find(series: list[float], start: int, noise: float) -> list[tuple[int, float]]:

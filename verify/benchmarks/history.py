@@ -144,8 +144,10 @@ def read(path: Path) -> History:
             run = Past.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
-            what = ".".join(map(str, first["loc"]))
-            why = f"{what}: {first['msg']}" if what else "not a whole line of JSON"
+            whole = first["type"] != "json_invalid"
+            why = (
+                f"{'.'.join(map(str, first['loc'])) or 'line'}: {first['msg']}" if whole else "not a whole line of JSON"
+            )
             notes.append(f"{path}, line {number}: left out ({why})")
         else:
             runs.setdefault((run.uuid, run.began), run)
@@ -235,14 +237,15 @@ class Shift:
     """A change of level in the history, and what else changed with the first run that has it."""
 
     change: changes.Change
+    unit: str
     first: Past
     causes: tuple[str, ...]
 
     def __str__(self) -> str:
         cause = f"with {' and '.join(self.causes)}" if self.causes else "driver and configuration as before"
         return (
-            f"{self.change.relative:+.1%} since the run of {self.first.day} "
-            f"({figure(self.change.before)} to {figure(self.change.after)}), {cause}"
+            f"{self.change.relative * 100:+.1f} % since the run of {self.first.day} "
+            f"({figure(self.change.before)} to {figure(self.change.after)} {self.unit}), {cause}"
         )
 
 
@@ -250,7 +253,10 @@ def shifts(history: History, run: Past, name: str) -> list[Shift]:
     """All changes of level among the last WINDOW runs, `run` included, in order."""
     runs = [*history.before(run, name), run][-WINDOW:]
     found = changes.find([each.figures[name].median for each in runs], noise=NOISE.get(name, 0.0))
-    return [Shift(change, runs[change.index], _causes(runs[change.index - 1], runs[change.index])) for change in found]
+    unit = run.figures[name].unit
+    return [
+        Shift(change, unit, runs[change.index], _causes(runs[change.index - 1], runs[change.index])) for change in found
+    ]
 
 
 def _causes(before: Past, after: Past) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inventory.references import Reference
-from verify.benchmarks import history, references
+from verify.benchmarks import changes, history, references
 from verify.benchmarks.contract import METRICS, Gpu, Metric, Report
 from verify.benchmarks.history import History, Past, Recent, Shift
 from verify.benchmarks.intervals import Interval, interval
@@ -77,7 +77,8 @@ def _judge(name: str, metric: Metric, report: Report, gpu: Gpu, now: Past | None
     limit = references.limit(name, gpu, metric)
     ratio = seen.median / limit.value if limit is not None else None
     source = references.reference(gpu, name)
-    remarks = [*_of_limit(metric, limit, ratio), *_of_source(source)]
+    levels = changes.levels(metric.samples, noise=references.NOISE[name])
+    remarks = [*_of_limit(metric, limit, ratio), *_of_source(source), *_of_levels(metric, levels)]
     words = references.measured(name, seen, metric.unit)
 
     def undecided(reason: str) -> Judgement:
@@ -105,6 +106,9 @@ def _judge(name: str, metric: Metric, report: Report, gpu: Gpu, now: Past | None
         bounds = Bounds(source.low, source.high, source.unit, source.source)
     elif learned is not None:
         bounds = learned.bounds
+    if bounds is not None and len({bounds.hold(level) for level in levels}) == 2:
+        # Its samples are not of one distribution, so the interval of their median says nothing.
+        return undecided(f"some of its levels are within what is expected, {bounds} ({bounds.source}), others are not")
     if bounds is not None:
         verdict, sentence = references.verdict(seen, bounds), references.sentence(name, seen, bounds)
     elif learned is not None:
@@ -144,7 +148,7 @@ def _errors(name: str, metric: Metric, seen: Interval) -> Judgement:
 def _of_limit(metric: Metric, limit: Limit | None, ratio: float | None) -> list[str]:
     if limit is None or ratio is None:
         return []
-    found = [f"{ratio:.1%} of the card's limit, {figure(limit.value)} {metric.unit}: {limit.words}"]
+    found = [f"{ratio * 100:.1f} % of the card's limit, {figure(limit.value)} {metric.unit}: {limit.words}"]
     if metric.limit is not None and abs(metric.limit - limit.value) > 0.01 * limit.value:
         found.append(f"gpubench states another limit, {figure(metric.limit)} {metric.unit}: {metric.limit_of}")
     return found
@@ -156,11 +160,17 @@ def _of_source(source: Reference | None) -> list[str]:
     return [f"{figure(source.reference)} {source.unit} measured elsewhere ({source.source})"]
 
 
+def _of_levels(metric: Metric, levels: list[float]) -> list[str]:
+    if len(levels) == 1:
+        return []
+    return [f"its level changed while it was measured: {' to '.join(map(figure, levels))} {metric.unit}"]
+
+
 def _of_history(metric: Metric, latest: Recent | None, shifts: tuple[Shift, ...]) -> list[str]:
     found = []
     if latest is not None and latest.unusual:
         found.append(
-            f"{latest.relative:+.1%} against the last {latest.runs} runs under driver {latest.driver} "
+            f"{latest.relative * 100:+.1f} % against the last {latest.runs} runs under driver {latest.driver} "
             f"(median {figure(latest.median)} {metric.unit}, MAD {figure(latest.mad)})"
         )
     if shifts:

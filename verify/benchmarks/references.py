@@ -47,6 +47,10 @@ class Bounds:
     unit: str
     source: str
 
+    def hold(self, value: float) -> bool:
+        """Is it within them?"""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
             return f"{self.low:g} to {self.high:g} {self.unit}"
