@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,19 @@ def test_each_row_has_its_source_its_unit_and_a_sound_bound(card: str, name: str
     if row.source.startswith("NVIDIA/DCGM"):
         assert card.removeprefix("10de:") in row.source
         assert row.reference is not None and row.low == pytest.approx(0.75 * row.reference, rel=0.011)
+
+
+def test_table_of_the_documentation_is_the_same() -> None:
+    text = Path(__file__).parents[2].joinpath("docs/verify.md").read_text()
+    rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in text.splitlines() if "`10de:" in line]
+
+    def cell(value: float | None, unit: str) -> str:
+        return "–" if value is None else f"{value:g} {unit}"
+
+    assert [row[1:5] for row in rows] == [
+        [card, name, cell(row.reference, row.unit), cell(row.low, row.unit)] for card, name, row in ROWS
+    ]
+    assert all(row.high is None for *_, row in ROWS), "the table says that there is none above"
 
 
 def test_floors_of_the_a4000_are_those_of_dcgm() -> None:
