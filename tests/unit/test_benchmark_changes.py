@@ -87,6 +87,8 @@ def test_change_below_the_noise_is_none() -> None:
 
 def test_equal_figures_and_exact_steps() -> None:
     assert find([5.0] * 20, noise=NOISE) == []
+    # Two of the twenty ways to arrange these are a step.
+    assert find([5.0] * 3 + [4.0] * 3, noise=NOISE) == []
     assert [change.index for change in find([5.0] * 10 + [4.0] * 10, noise=NOISE)] == [10]
 
 

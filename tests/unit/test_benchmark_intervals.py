@@ -159,8 +159,9 @@ def test_sampling_stops_when_the_interval_is_narrower_than_the_noise() -> None:
 
     assert stop(steady, noise=0.01, elapsed_s=1, limit_s=10) is Stop.PRECISE
     assert stop(noisy, noise=0.01, elapsed_s=1, limit_s=10) is None
+    assert stop(noisy, noise=0.09, elapsed_s=1, limit_s=10) is None
+    assert stop(noisy, noise=0.1, elapsed_s=1, limit_s=10) is Stop.PRECISE
     assert stop(noisy, noise=0.01, elapsed_s=10, limit_s=10) is Stop.TIME
-    assert stop(noisy, noise=0.2, elapsed_s=1, limit_s=10) is Stop.PRECISE
 
 
 def test_sampling_never_stops_on_too_few_equal_samples() -> None:

@@ -48,7 +48,7 @@ def test_table_of_the_documentation_is_the_same() -> None:
     rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in text.splitlines() if "`10de:" in line]
 
     def cell(value: float | None, unit: str) -> str:
-        return "–" if value is None else f"{value:g} {unit}"
+        return "\N{EN DASH}" if value is None else f"{value:g} {unit}"
 
     assert [row[1:5] for row in rows] == [
         [card, name, cell(row.reference, row.unit), cell(row.low, row.unit)] for card, name, row in ROWS

@@ -83,7 +83,7 @@ def _rank(n: int, level: float) -> tuple[int, Fraction]:
     # Of the 2**n outcomes, those in which fewer than k samples fell on one given side.
     most = allowed.numerator * 2**n // (2 * allowed.denominator)
     k, tail, ways = 0, 0, 1
-    while k < n // 2 and tail + ways <= most:
+    while tail + ways <= most:
         tail += ways
         ways = ways * (n - k) // (k + 1)
         k += 1

@@ -83,7 +83,7 @@ def verdict(found: Interval, bounds: Bounds) -> Verdict:
     high = math.inf if bounds.high is None else bounds.high
     if found.high < low or found.low > high:
         return Verdict.FAIL
-    if found.low >= low and found.high <= high and found.known:
+    if found.low >= low and found.high <= high:
         return Verdict.PASS
     return Verdict.INCONCLUSIVE
 
