@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import random
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,21 @@ def test_runs_that_end_at_once_are_all_kept(tmp_path: Path) -> None:
     assert (len(found.runs), found.notes) == (100, [])
 
 
+def test_run_waits_for_the_one_that_is_being_written(tmp_path: Path) -> None:
+    """Otherwise what the other has written so far would look like a torn line."""
+    path = tmp_path / "gpu01.jsonl"
+    append(path, run(0))
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        later = threading.Thread(target=append, args=(path, run(1)))
+        later.start()
+        later.join(timeout=0.3)
+        assert later.is_alive() and read(path).runs == [run(0)]
+    later.join(timeout=10)
+
+    assert read(path).runs == [run(0), run(1)]
+
+
 # What is kept of a report.
 
 
@@ -307,6 +324,15 @@ def test_difference_within_the_noise_is_not_unusual() -> None:
     within, beyond = recent(past, run(9, 391.5), NAME), recent(past, run(9, 392.5), NAME)
 
     assert within is not None and not within.unusual
+    assert beyond is not None and beyond.unusual
+
+
+def test_difference_that_the_runs_had_among_themselves_is_not_unusual() -> None:
+    past = History(runs(380.0, 400.0, 370.0, 390.0, 410.0))
+
+    within, beyond = recent(past, run(9, 350.0), NAME), recent(past, run(9, 345.0), NAME)
+
+    assert within is not None and not within.unusual, "3 x 1.4826 x 10 is 44.5"
     assert beyond is not None and beyond.unusual
 
 
