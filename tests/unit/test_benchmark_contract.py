@@ -48,6 +48,23 @@ def test_report_without_a_driver_has_no_card() -> None:
     assert (found.card, found.verdict, found.reason) == (None, "not run", "no CUDA driver")
 
 
+def test_card_of_which_nothing_was_read_is_none() -> None:
+    """So gpubench prints it where there is no driver."""
+    unseen = {**dict.fromkeys(A4000), "link": dict.fromkeys(A4000["link"])}
+
+    found = report(card=unseen, driver=None, cuda_driver=None, metrics={}, verdict="not run", reason="no CUDA driver")
+
+    assert (found.card, found.driver, found.verdict) == (None, None, "not run")
+
+
+def test_card_may_keep_all_to_itself_but_its_id() -> None:
+    found = report(card={**dict.fromkeys(A4000), "pci_id": "10de:24b0", "link": dict.fromkeys(A4000["link"])})
+
+    assert found.card is not None and found.card.pci_id == "10de:24b0"
+    words = refusal(printed(card={**A4000, "pci_id": None}))
+    assert words.startswith("card.pci_id: expected a valid string, got None")
+
+
 def test_unknown_keys_of_a_later_gpubench_are_passed_over() -> None:
     assert report(weather="fine", card={**A4000, "colour": "green"}).verdict == "measured"
 

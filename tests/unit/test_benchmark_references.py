@@ -188,6 +188,9 @@ def test_limit_that_cannot_be_worked_out_is_gpubenchs_own() -> None:
     assert unknown is not None and unknown.words == "as gpubench states"
     assert limit("launch.latency", gpu(), one("launch.latency")) is None
     assert limit("h2d.pinned", gpu(link=None), one("h2d.pinned")) is None
+    unseen = {**dict.fromkeys(A4000), "pci_id": "10de:24b0", "link": dict.fromkeys(A4000["link"])}
+    for name in METRICS:
+        assert limit(name, gpu(**unseen), one(name, sm_mhz=None, memory_mhz=None)) is None
 
 
 @pytest.mark.parametrize(

@@ -52,25 +52,25 @@ class Strict(BaseModel):
 class Link(Strict):
     """The PCIe link as the driver reads it, and the most that card and slot together can do. Lanes in `width`."""
 
-    generation: int = Field(ge=1, le=8)
-    width: int = Field(ge=1, le=32)
-    generation_max: int = Field(ge=1, le=8)
-    width_max: int = Field(ge=1, le=32)
+    generation: int | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=32)
+    generation_max: int | None = Field(ge=1, le=8)
+    width_max: int | None = Field(ge=1, le=32)
 
 
 class Gpu(Strict):
-    """The card that was measured."""
+    """The card that was measured. None: the driver does not tell."""
 
-    name: Identity
+    name: Identity | None
     pci_id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
-    uuid: Identity
-    compute_capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]$")]
-    sm_count: int = Field(ge=1)
-    memory_mib: int = Field(ge=1)
-    bus_width_bits: int = Field(ge=1)
-    memory_clock_max_mhz: float = Field(gt=0)
-    sm_clock_max_mhz: float = Field(gt=0)
-    link: Link | None = None
+    uuid: Identity | None
+    compute_capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None
+    sm_count: int | None = Field(ge=1)
+    memory_mib: int | None = Field(ge=1)
+    bus_width_bits: int | None = Field(ge=1)
+    memory_clock_max_mhz: float | None = Field(gt=0)
+    sm_clock_max_mhz: float | None = Field(gt=0)
+    link: Link | None
 
 
 class Metric(Strict):
@@ -112,14 +112,21 @@ class Report(Strict):
     quick: bool
     seed: int
     card: Gpu | None = None
-    driver: str = ""
-    cuda_driver: str = ""
+    driver: str | None = None
+    cuda_driver: str | None = None
     verdict: Literal["measured", "inconclusive", "not run", "failed"]
     reason: str = ""
     metrics: dict[str, Metric] = {}
     not_run: dict[str, str] = {}
     telemetry: list[Any] = []
     notes: list[str] = []
+
+    @field_validator("card", mode="before")
+    @classmethod
+    def seen(cls, value: Any) -> Any:
+        """A card of which nothing at all was read is none."""
+        known = isinstance(value, dict) and any(each is not None for key, each in value.items() if key != "link")
+        return value if known or not isinstance(value, dict) else None
 
     @field_validator("metrics")
     @classmethod

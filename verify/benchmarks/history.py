@@ -58,7 +58,7 @@ class Past(Strict):
     began: float = Field(gt=0)
     quick: bool
     card: Identity
-    uuid: Identity
+    uuid: str
     driver: Identity
     revision: str
     figures: dict[str, Figure]
@@ -75,7 +75,7 @@ def file_of(lab: Lab, guest: Guest) -> Path:
 
 def past(report: Report, revision: str) -> Past | None:
     """What is kept of a run: sound figures with an interval. None: it has none, or others used the GPU meanwhile."""
-    if report.verdict != "measured" or report.card is None:
+    if report.verdict != "measured" or report.card is None or not report.driver:
         return None
     figures = {}
     for name, metric in report.metrics.items():
@@ -97,7 +97,7 @@ def past(report: Report, revision: str) -> Past | None:
         began=report.began,
         quick=report.quick,
         card=report.card.pci_id,
-        uuid=report.card.uuid,
+        uuid=report.card.uuid or "",
         driver=report.driver,
         revision=revision,
         figures=figures,

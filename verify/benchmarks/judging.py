@@ -48,7 +48,7 @@ def overall(report: Report) -> tuple[Verdict, str]:
     verdicts = {"measured": Verdict.PASS, "inconclusive": Verdict.INCONCLUSIVE, "not run": Verdict.NOT_RUN}
     if report.verdict != "measured":
         return verdicts.get(report.verdict, Verdict.FAIL), report.reason
-    card = report.card.name if report.card is not None else ""
+    card = report.card.name or report.card.pci_id if report.card is not None else ""
     return Verdict.PASS, f"{len(report.metrics)} metrics of the {card} in {report.duration_s:.0f} s"
 
 

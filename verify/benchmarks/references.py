@@ -72,9 +72,8 @@ def reference(gpu: Gpu, name: str) -> Reference | None:
     found = REFERENCES.get(gpu.pci_id, {}).get(name)
     if found is None or found.link is None:
         return found
-    link = gpu.link
-    fits = link is not None and (link.generation_max, link.width_max) >= found.link and link.width_max >= found.link[1]
-    return found if fits else None
+    generation, width = _link(gpu)
+    return found if generation >= found.link[0] and width >= found.link[1] else None
 
 
 def verdict(found: Interval, bounds: Bounds) -> Verdict:
@@ -121,28 +120,34 @@ def limit(name: str, gpu: Gpu, metric: Metric) -> Limit | None:
     if name.startswith("memory.") and metric.unit == "GB/s":
         # Two transfers a clock on each pin: GDDR and HBM alike, as NVML counts their clock.
         clock, held = _clock(metric.memory_mhz, gpu.memory_clock_max_mhz)
-        value = gpu.bus_width_bits / 8 * 2 * clock / 1000
-        return Limit(value, f"{gpu.bus_width_bits} bits x 2 x {clock:g} MHz ({held})")
-    if name == "fp32.fma" and gpu.compute_capability in FP32_PER_SM:
-        lanes = FP32_PER_SM[gpu.compute_capability]
+        if clock and gpu.bus_width_bits:
+            value = gpu.bus_width_bits / 8 * 2 * clock / 1000
+            return Limit(value, f"{gpu.bus_width_bits} bits x 2 x {clock:g} MHz ({held})")
+    if name == "fp32.fma":
+        lanes = FP32_PER_SM.get(gpu.compute_capability or "")
         clock, held = _clock(metric.sm_mhz, gpu.sm_clock_max_mhz)
-        return Limit(
-            gpu.sm_count * lanes * 2 * clock / 1e6, f"{gpu.sm_count} SMs x {lanes} x 2 x {clock:g} MHz ({held})"
-        )
-    if name.partition(".")[0] in ("h2d", "d2h", "bidirectional") and gpu.link is not None:
-        lane = LANE_GBS.get(gpu.link.generation_max)
-        if lane is not None:
-            # A link that idles reads as generation 1, and one that is trained too low should not hide behind itself.
+        if clock and lanes and gpu.sm_count:
+            value = gpu.sm_count * lanes * 2 * clock / 1e6
+            return Limit(value, f"{gpu.sm_count} SMs x {lanes} x 2 x {clock:g} MHz ({held})")
+    if name.partition(".")[0] in ("h2d", "d2h", "bidirectional"):
+        # A link that idles reads as generation 1, and one that is trained too low should not hide behind itself.
+        generation, width = _link(gpu)
+        lane = LANE_GBS.get(generation)
+        if lane and width:
             ways = 2 if name.startswith("bidirectional") else 1
             both = " x 2 directions" if ways == 2 else ""
-            words = f"PCIe generation {gpu.link.generation_max} x {gpu.link.width_max} lanes{both}"
-            return Limit(lane * gpu.link.width_max * ways, words)
+            return Limit(lane * width * ways, f"PCIe generation {generation} x {width} lanes{both}")
     if metric.limit is not None:
         return Limit(metric.limit, metric.limit_of or "as gpubench states")
     return None
 
 
-def _clock(held: float | None, most: float) -> tuple[float, str]:
+def _link(gpu: Gpu) -> tuple[int, int]:
+    """The highest PCIe generation and width that card and slot have together, 0 where that is not known."""
+    return (gpu.link.generation_max or 0, gpu.link.width_max or 0) if gpu.link is not None else (0, 0)
+
+
+def _clock(held: float | None, most: float | None) -> tuple[float | None, str]:
     return (held, "held") if held is not None else (most, "the highest: what it held was not seen")
 
 
