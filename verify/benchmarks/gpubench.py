@@ -57,7 +57,7 @@ class Effort:
     transfer: int
 
 
-QUICK = Effort(17.0, 0.4, 1.5, 0.1, 0.005, 5, 2, 256 * MIB, 64 * MIB)
+QUICK = Effort(17.0, 0.4, 1.5, 0.1, 0.005, 6, 2, 256 * MIB, 64 * MIB)
 FULL = Effort(110.0, 4.0, 12.0, 0.5, 0.02, 15, 8, 512 * MIB, 256 * MIB)
 MOST_SAMPLES = 500
 
