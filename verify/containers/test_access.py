@@ -23,7 +23,7 @@ KEYS = {"time", "tenant", "service", "method", "path", "status", "bytes", "secon
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.access.nginx", fix=DEPLOY)
+@pytest.mark.promise("containers.access.nginx", "access", fix=DEPLOY)
 def test_nginx_runs_and_starts_with_the_guest(guest: Guest, access: Observation) -> None:
     on_guest = access["guest"]
     assert on_guest["active"] == "active", f"{guest.name}: nginx is {on_guest['active'] or 'absent'}, expected active"
@@ -32,7 +32,7 @@ def test_nginx_runs_and_starts_with_the_guest(guest: Guest, access: Observation)
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.{service}.tls", fix=DEPLOY)
+@pytest.mark.promise("containers.{service}.tls", "services.{service}.port", "access.certificate", fix=DEPLOY)
 def test_certificate_is_valid_for_the_guest(
     guest: Guest, service: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -48,7 +48,7 @@ def test_certificate_is_valid_for_the_guest(
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.{by_token}.token.required", fix=DEPLOY)
+@pytest.mark.promise("containers.{by_token}.token.required", "services.{by_token}.port", fix=DEPLOY)
 def test_nobody_gets_in_without_a_token(
     guest: Guest, by_token: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -64,7 +64,7 @@ def test_nobody_gets_in_without_a_token(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{by_token}.token.accepted", fix=DEPLOY)
+@pytest.mark.promise("containers.{by_token}.token.accepted", "tenants", fix=DEPLOY)
 def test_each_tenant_gets_in_with_its_token(
     guest: Guest, by_token: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -80,7 +80,7 @@ def test_each_tenant_gets_in_with_its_token(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{by_token}.managing", fix=DEPLOY)
+@pytest.mark.promise("containers.{by_token}.managing", "tenants", fix=DEPLOY)
 def test_no_tenant_manages_models(guest: Guest, by_token: str, access: Observation) -> None:
     answer = answers_of(access, by_token)["managing"]
     if answer is None:

@@ -19,7 +19,9 @@ VOLATILE = ("/run/",)
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.data_disk.required", fix="docker stop the named containers on {host}; then " + DEPLOY)
+@pytest.mark.promise(
+    "containers.data_disk.required", "data_disk.mount", fix="docker stop the named containers on {host}; then " + DEPLOY
+)
 def test_no_container_of_ours_runs_without_the_data_disk(guest: Guest, containers: Observation) -> None:
     answering(containers)
     running = [item["name"] for item in containers["data"]["containers"] if item["running"]]
@@ -29,7 +31,7 @@ def test_no_container_of_ours_runs_without_the_data_disk(guest: Guest, container
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.data_disk.folders", fix=DEPLOY)
+@pytest.mark.promise("containers.data_disk.folders", "data_disk.mount", fix=DEPLOY)
 def test_what_services_write_lies_on_the_data_disk(
     guest: Guest, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -58,7 +60,7 @@ def test_what_services_write_lies_on_the_data_disk(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.data_disk.bound", fix=DEPLOY)
+@pytest.mark.promise("containers.data_disk.bound", "data_disk.mount", fix=DEPLOY)
 def test_services_are_stopped_when_the_data_disk_goes(guest: Guest, containers: Observation) -> None:
     answering(containers)
     if not containers["data"]["mounted"]:

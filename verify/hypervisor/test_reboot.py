@@ -23,7 +23,7 @@ ROOT = re.compile(r"(root|boot)=|r[ow]$")
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.kernel", fix=DEPLOY)
+@pytest.mark.promise("hypervisor.next_boot.kernel", "passthrough.kernel", fix=DEPLOY)
 def test_next_boot_loads_a_kernel_with_vfio_pci(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -50,7 +50,14 @@ def test_next_boot_loads_a_kernel_with_vfio_pci(
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.cmdline", fix=DEPLOY)
+@pytest.mark.promise(
+    "hypervisor.next_boot.cmdline",
+    "passthrough.iommu_pt",
+    "passthrough.pcie_acs_override",
+    "passthrough.initcall_blacklist",
+    "passthrough.hugepages",
+    fix=DEPLOY,
+)
 def test_next_boot_has_the_declared_options(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     after = hypervisor["next_boot"]
     shown = f"{node.name}: the next boot has `{after['cmdline']}` ({after['cmdline_source']})"
@@ -65,7 +72,12 @@ def test_next_boot_has_the_declared_options(node: Node, hypervisor: Observation,
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.initramfs", fix=DEPLOY + "; then update-initramfs -u -k all on {host}")
+@pytest.mark.promise(
+    "hypervisor.next_boot.initramfs",
+    "passthrough.devices.address",
+    "passthrough.blacklist",
+    fix=DEPLOY + "; then update-initramfs -u -k all on {host}",
+)
 def test_next_boot_gives_the_cards_to_vfio_pci(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:

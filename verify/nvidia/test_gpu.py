@@ -41,7 +41,7 @@ WITH_ECC = 0.93
 
 
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.gpu.visible", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.visible", "gpu", "card.name", fix=DEPLOY)
 def test_declared_card_is_visible(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     told = last_words(nvidia)
     if not nvidia["on_bus"]:
@@ -61,7 +61,7 @@ def test_declared_card_is_visible(guest: Guest, card: Card, nvidia: Observation,
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.memory", fix=REBOOT)
+@pytest.mark.promise("nvidia.gpu.memory", "card.memory_mib", "nvidia.ecc", fix=REBOOT)
 def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) -> None:
     gpu = the_gpu(card, nvidia)
     least = card.memory_mib * (WITH_ECC if gpu["ecc"] else 1 - MEMORY_TOLERANCE)
@@ -74,7 +74,7 @@ def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) 
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.link", fix=SEAT)
+@pytest.mark.promise("nvidia.gpu.link", "card.link_width", fix=SEAT)
 def test_link_has_all_its_lanes(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     width = answered(gpu, "link_width", "the link's width")
@@ -86,7 +86,7 @@ def test_link_has_all_its_lanes(guest: Guest, card: Card, nvidia: Observation, s
 
 
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.gpu.client", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.client", "nvidia.sharing", fix=DEPLOY)
 def test_client_gets_the_card(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     """A second of copies, as a service does them: by its user and through MPS where there is one."""
     gpu = the_gpu(card, nvidia)
@@ -98,7 +98,7 @@ def test_client_gets_the_card(guest: Guest, card: Card, nvidia: Observation, see
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.link.generation", fix=SEAT)
+@pytest.mark.promise("nvidia.gpu.link.generation", "card.link_generation", fix=SEAT)
 def test_link_is_fast_under_load(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     # At rest the generation falls to save power.
     gpu = the_gpu(card, nvidia)
@@ -143,7 +143,9 @@ def test_nothing_slows_the_card_down(guest: Guest, card: Card, nvidia: Observati
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.temperature", fix="look after the fan and the air of the card in {node}")
+@pytest.mark.promise(
+    "nvidia.gpu.temperature", "nvidia.thermal.critical_c", fix="look after the fan and the air of the card in {node}"
+)
 def test_card_is_cool_enough(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu, thermal = the_gpu(card, nvidia), guest.nvidia.thermal
     temperature = answered(gpu, "temperature_c", "its temperature")
@@ -153,7 +155,7 @@ def test_card_is_cool_enough(guest: Guest, card: Card, nvidia: Observation, seen
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.thermal", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.thermal", "nvidia.thermal", fix=DEPLOY)
 def test_temperature_is_watched_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
     the_gpu(card, nvidia)
     unit, wanted = nvidia["units"]["gpulab-gpu-thermal.service"], guest.nvidia.thermal is not None
@@ -180,7 +182,7 @@ def test_card_is_set_again_at_the_next_boot(guest: Guest, card: Card, nvidia: Ob
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.power_limit", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.power_limit", "nvidia.power_limit_w", fix=SETTINGS)
 def test_power_limit_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     wanted = guest.nvidia.power_limit_w or answered(gpu, "power_default_w", "its default power limit")
@@ -195,7 +197,7 @@ def test_power_limit_is_as_declared(guest: Guest, card: Card, nvidia: Observatio
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.clocks", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.clocks", "nvidia.clocks", fix=SETTINGS)
 def test_clocks_are_locked_as_declared(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -214,7 +216,7 @@ def test_clocks_are_locked_as_declared(
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.ecc", fix="reboot {host}; then " + DEPLOY)
+@pytest.mark.promise("nvidia.gpu.ecc", "nvidia.ecc", fix="reboot {host}; then " + DEPLOY)
 def test_ecc_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu, wanted = the_gpu(card, nvidia), guest.nvidia.ecc
     if wanted is None:
@@ -226,7 +228,7 @@ def test_ecc_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen:
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.compute_mode", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.compute_mode", "nvidia.sharing", fix=SETTINGS)
 def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: Observation) -> None:
     gpu, sharing = the_gpu(card, nvidia), guest.nvidia.sharing
     mode, wanted = answered(gpu, "compute_mode", "its compute mode"), EXCLUSIVE_PROCESS
@@ -239,7 +241,7 @@ def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: 
 
 
 @pytest.mark.minor
-@pytest.mark.promise("nvidia.gpu.accounting", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.accounting", "nvidia.accounting", fix=SETTINGS)
 def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
     gpu = the_gpu(card, nvidia)
     mode, wanted = bool(answered(gpu, "accounting", "accounting mode")), guest.nvidia.accounting
@@ -247,7 +249,7 @@ def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.persistence", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.persistence", "nvidia.persistence", fix=DEPLOY)
 def test_persistence_mode_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
     gpu = the_gpu(card, nvidia)
     mode = bool(answered(gpu, "persistence", "persistence mode"))

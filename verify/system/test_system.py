@@ -20,14 +20,14 @@ GIB = 2**30
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.reachable", fix=DEPLOY)
+@pytest.mark.promise("system.reachable", "ssh_hostname", fix=DEPLOY)
 def test_guest_answers_ssh_with_its_pinned_key(reach: Observation) -> None:
     if reach["error"]:
         raise Broken(reach["error"], reach["fix"])
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.address", fix=DEPLOY)
+@pytest.mark.promise("system.address", "address", fix=DEPLOY)
 def test_guest_has_its_address(guest: Guest, system: Observation) -> None:
     wanted, found = str(guest.address), system["addresses"]
     assert wanted in found, f"{guest.name}: addresses {', '.join(found) or '(none)'}, expected {wanted}"
@@ -47,7 +47,7 @@ def test_clock_agrees_with_ours(guest: Guest, system: Observation, seen: Callabl
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.data_disk", fix=DEPLOY)
+@pytest.mark.promise("system.data_disk", "data_disk.mount", fix=DEPLOY)
 def test_data_disk_is_mounted_from_a_disk_of_its_own(
     guest: Guest, system: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -60,7 +60,7 @@ def test_data_disk_is_mounted_from_a_disk_of_its_own(
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.data_disk.beneath", fix=DEPLOY)
+@pytest.mark.promise("system.data_disk.beneath", "data_disk.mount", fix=DEPLOY)
 def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: Observation) -> None:
     mount, beneath = guest.data_disk.mount, system["data"]["beneath"]
     assert beneath is not None, f"{guest.name}: {mount}: no such folder on the system disk, expected a mount point"
@@ -76,7 +76,7 @@ def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: 
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.data_disk.size", fix=DEPLOY)
+@pytest.mark.promise("system.data_disk.size", "data_disk.size_gib", fix=DEPLOY)
 def test_data_disk_has_its_size(guest: Guest, system: Observation) -> None:
     size = mounted(guest, system)["size_bytes"]
     wanted = guest.data_disk.size_gib
@@ -84,7 +84,7 @@ def test_data_disk_has_its_size(guest: Guest, system: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.data_disk.fstab", fix=DEPLOY)
+@pytest.mark.promise("system.data_disk.fstab", "data_disk.mount", fix=DEPLOY)
 def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Observation) -> None:
     field, mount = system["data"]["fstab"], guest.data_disk.mount
     assert field is not None, f"{guest.name}: /etc/fstab mounts nothing at {mount}: the next boot will not"
@@ -99,14 +99,14 @@ def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Obser
 
 
 @pytest.mark.minor
-@pytest.mark.promise("system.packages", fix=DEPLOY)
+@pytest.mark.promise("system.packages", "distribution", fix=DEPLOY)
 def test_base_packages_are_installed(guest: Guest, system: Observation) -> None:
     missing = [name for name in guest.packages.base if name not in system["packages"]]
     assert not missing, f"{guest.name}: not installed: {', '.join(missing)}"
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.security_upgrades", fix=DEPLOY)
+@pytest.mark.promise("system.security_upgrades", "security_upgrades", fix=DEPLOY)
 def test_security_upgrades_are_as_declared(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     upgrades, there = system["upgrades"], "unattended-upgrades" in system["packages"]
     if not guest.security_upgrades:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.on("apis")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.api.reachable", fix="make bootstrap LAB={lab}")
+@pytest.mark.promise("vm.api.reachable", "api_host", "api.user", "api.token_name", fix="make bootstrap LAB={lab}")
 def test_api_takes_the_token_over_checked_tls(node: Node, api: Observation, seen: Callable[[str], None]) -> None:
     assert not api["error"], api["error"]
     seen(f"{node.name}: Proxmox VE {api['version']}")

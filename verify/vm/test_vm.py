@@ -23,7 +23,7 @@ REBUILD = "gpulab-rebuild"
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.exists", fix=DEPLOY)
+@pytest.mark.promise("vm.exists", "vmid", "node", fix=DEPLOY)
 def test_vm_is_there_and_ours(guest: Guest, vm: Observation) -> None:
     assert vm["exists"], f"{guest.name}: {guest.node} has no VM {guest.vmid}"
     tags = re.split(r"[;, ]+", str(vm["config"].get("tags", "")))
@@ -31,14 +31,14 @@ def test_vm_is_there_and_ours(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.running", fix=DEPLOY)
+@pytest.mark.promise("vm.running", "vmid", fix=DEPLOY)
 def test_vm_runs(guest: Guest, vm: Observation) -> None:
     config(guest, vm)
     assert vm["status"] == "running", f"{guest.name}: VM {guest.vmid} is {vm['status']}, expected running"
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cores", fix=DEPLOY)
+@pytest.mark.promise("vm.cores", "cores", fix=DEPLOY)
 def test_vm_has_its_cores(guest: Guest, vm: Observation) -> None:
     keys = config(guest, vm)
     cores = int(keys.get("cores", 1)) * int(keys.get("sockets", 1))
@@ -46,7 +46,7 @@ def test_vm_has_its_cores(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.memory", fix=DEPLOY)
+@pytest.mark.promise("vm.memory", "memory_mib", fix=DEPLOY)
 def test_vm_has_its_memory(guest: Guest, vm: Observation) -> None:
     memory = options(str(config(guest, vm).get("memory", 512)))
     mib = int(memory.get("current", memory.get("", "0")))
@@ -54,7 +54,7 @@ def test_vm_has_its_memory(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.machine", fix=DEPLOY)
+@pytest.mark.promise("vm.machine", "machine", fix=DEPLOY)
 def test_vm_is_a_q35_machine(guest: Guest, vm: Observation) -> None:
     machine = str(config(guest, vm).get("machine", "(PVE's default, i440fx)"))
     type_ = options(machine).get("type", options(machine).get(""))
@@ -62,7 +62,7 @@ def test_vm_is_a_q35_machine(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.gpu", fix=DEPLOY)
+@pytest.mark.promise("vm.gpu", "gpu", fix=DEPLOY)
 def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation) -> None:
     given = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"hostpci[0-9]+", key)}
     shown = ", ".join(f"{key}={value}" for key, value in given.items()) or "no hostpci"
@@ -76,14 +76,14 @@ def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation) -> None
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.onboot", fix=DEPLOY)
+@pytest.mark.promise("vm.onboot", "onboot", fix=DEPLOY)
 def test_vm_starts_with_its_node_as_declared(guest: Guest, vm: Observation) -> None:
     onboot = bool(int(config(guest, vm).get("onboot", 0)))
     assert onboot == guest.onboot, f"{guest.name}: onboot is {onboot}, expected {guest.onboot}"
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.network", fix=DEPLOY)
+@pytest.mark.promise("vm.network", "bridge", "networks", fix=DEPLOY)
 def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation) -> None:
     keys = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"net[0-9]+", key)}
     expected = [f"net{number}" for number in range(len(guest.cards))]
@@ -101,7 +101,7 @@ def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation) -
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cloudinit", fix=DEPLOY)
+@pytest.mark.promise("vm.cloudinit", "address", "gateway", "nameserver", "searchdomain", fix=DEPLOY)
 def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation) -> None:
     keys = config(guest, vm)
     for number, card in enumerate(guest.cards):
@@ -118,7 +118,7 @@ def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation) -
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cpu_type", fix=DEPLOY)
+@pytest.mark.promise("vm.cpu_type", "cpu_type", fix=DEPLOY)
 def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation) -> None:
     found = options(str(config(guest, vm).get("cpu", "kvm64")))
     cpu = found.get("cputype", found.get(""))
@@ -126,7 +126,7 @@ def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.numa", fix=DEPLOY)
+@pytest.mark.promise("vm.numa", "numa", "numa_nodes", fix=DEPLOY)
 def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation) -> None:
     keys = config(guest, vm)
     if guest.numa is None and not guest.numa_nodes:
@@ -143,7 +143,7 @@ def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.pinning", fix=DEPLOY)
+@pytest.mark.promise("vm.pinning", "affinity", "hugepages", fix=DEPLOY)
 def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation) -> None:
     keys = config(guest, vm)
     affinity, pages = keys.get("affinity"), keys.get("hugepages")
@@ -157,7 +157,7 @@ def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.minor
-@pytest.mark.promise("vm.startup", fix=DEPLOY)
+@pytest.mark.promise("vm.startup", "startup", fix=DEPLOY)
 def test_vm_starts_in_its_order(guest: Guest, vm: Observation) -> None:
     if guest.startup is None:
         return
@@ -171,14 +171,14 @@ def test_vm_starts_in_its_order(guest: Guest, vm: Observation) -> None:
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.protection", fix=DEPLOY)
+@pytest.mark.promise("vm.protection", "protection", fix=DEPLOY)
 def test_vm_is_protected_as_declared(guest: Guest, vm: Observation) -> None:
     found = bool(int(config(guest, vm).get("protection", 0)))
     assert found == guest.protection, f"{guest.name}: protection is {found}, expected {guest.protection}"
 
 
 @pytest.mark.minor
-@pytest.mark.promise("vm.labels", fix=DEPLOY)
+@pytest.mark.promise("vm.labels", "tags", "description", fix=DEPLOY)
 def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation) -> None:
     keys = config(guest, vm)
     # Our own tag is what vm.exists is about.
@@ -194,7 +194,7 @@ def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation) -> N
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.disks", fix=DEPLOY)
+@pytest.mark.promise("vm.disks", "system_disk_gib", "data_disk.size_gib", fix=DEPLOY)
 def test_vm_has_both_disks_in_their_sizes(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     told = []
     for key, name, wanted in (
@@ -209,7 +209,7 @@ def test_vm_has_both_disks_in_their_sizes(guest: Guest, vm: Observation, seen: C
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.mapping", fix=DEPLOY)
+@pytest.mark.promise("vm.mapping", "gpu", fix=DEPLOY)
 def test_mapping_leads_to_the_declared_card(
     guest: Guest, node: Node, vm: Observation, pci_tree: Callable[[], Observation]
 ) -> None:
