@@ -48,6 +48,8 @@ WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
 PROMISED = pytest.StashKey[str]()
+#: Set once everything that may be refused was not.
+READY = pytest.StashKey[bool]()
 #: Where a report carries its verdict to pytest_report_teststatus().
 VERDICT = "gpulab_verdict"
 
@@ -142,6 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             waivers.check(waivers_file(config), accepted, hosts, checks)
         except waivers.WaiverError as error:
             raise pytest.UsageError(str(error)) from None
+    config.stash[READY] = True
     items.sort(key=lambda item: (ROOMS.index(subject_of(item)), item.path.name))
 
 
@@ -154,7 +157,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to read, for all hosts at once, what the chosen checks will ask for."""
     config = session.config
-    if config.option.collectonly:
+    # pytest comes here after a usage error, too.
+    if config.option.collectonly or READY not in config.stash:
         return
     lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
     if READER not in config.stash:

@@ -59,7 +59,7 @@ def not_run(reason: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Result:
-    """One check on one host. `message` is what was found; `fix` a command, empty unless the check failed."""
+    """One check on one host. `message`: what was found; `fix`: what would heal it, if it failed, waived or not."""
 
     id: str
     host: str

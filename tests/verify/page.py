@@ -9,7 +9,22 @@ from xml.etree.ElementTree import Element
 import html5lib
 
 #: Elements that begin a line of their own.
-BLOCKS = {"h1", "h2", "h3", "p", "li", "tr", "br", "div", "section", "header", "details", "summary", "figure", "figcaption"}
+BLOCKS = {
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "li",
+    "tr",
+    "br",
+    "div",
+    "section",
+    "header",
+    "details",
+    "summary",
+    "figure",
+    "figcaption",
+}
 #: Elements that show nothing of their text.
 SILENT = {"head", "style", "script"}
 

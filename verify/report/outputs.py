@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from xml.etree import ElementTree
 
-from verify.report.run import Run
+from verify.report.run import Run, printable
 from verify.verdicts import Result, Verdict
 
-#: Characters that XML 1.0 can't hold, not even escaped.
-NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 #: The value of gpulab_verify_check.
 VALUES = {Verdict.PASS: 1, Verdict.FAIL: 0, Verdict.WAIVED: 2, Verdict.INCONCLUSIVE: 3, Verdict.NOT_RUN: 4}
 VALUES_TOLD = ", ".join(f"{value} {verdict.value}" for verdict, value in sorted(VALUES.items(), key=lambda x: x[1]))
@@ -31,12 +28,12 @@ def junit(run: Run) -> str:
 
     An inconclusive check is an error, one that was not run or is waived a skip.
     """
-    root = ElementTree.Element("testsuites", {"name": _xml(f"verify {run.lab}"), **_counts(run.results)})
+    root = ElementTree.Element("testsuites", {"name": printable(f"verify {run.lab}"), **_counts(run.results)})
     for subject in dict.fromkeys(result.subject for result in run.results):
         results = [result for result in run.results if result.subject == subject]
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(run.began))
         suite = ElementTree.SubElement(
-            root, "testsuite", {"name": _xml(subject), "timestamp": when, **_counts(results)}
+            root, "testsuite", {"name": printable(subject), "timestamp": when, **_counts(results)}
         )
         for result in results:
             suite.append(_case(result))
@@ -57,32 +54,28 @@ def _counts(results: list[Result]) -> dict[str, str]:
 
 def _case(result: Result) -> ElementTree.Element:
     case = ElementTree.Element(
-        "testcase", classname=_xml(result.host), name=_xml(result.id), time=f"{result.duration_s:.3f}"
+        "testcase", classname=printable(result.host), name=printable(result.id), time=f"{result.duration_s:.3f}"
     )
     told = {"title": result.title, "severity": result.severity.value, "promise": result.promise}
     told |= {"simulated": result.simulated, "waiver": result.waiver}
     properties = ElementTree.SubElement(case, "properties")
     for name, value in told.items():
         if value:
-            ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
-    message, first = _xml(result.message), _xml(result.message.partition("\n")[0])
+            ElementTree.SubElement(properties, "property", name=name, value=printable(value))
+    message, first = printable(result.message), printable(result.message.partition("\n")[0])
     match result.verdict:
         case Verdict.FAIL | Verdict.INCONCLUSIVE as verdict:
             kind = "failure" if verdict is Verdict.FAIL else "error"
             found = ElementTree.SubElement(case, kind, type=result.severity.value, message=first)
-            found.text = message + (f"\nfix: {_xml(result.fix)}" if result.fix else "")
+            found.text = message + (f"\nfix: {printable(result.fix)}" if result.fix else "")
         case Verdict.NOT_RUN:
             expected = "not run, as expected" if result.expected else "not run"
             ElementTree.SubElement(case, "skipped", message=f"{expected}: {message}")
         case Verdict.WAIVED:
-            ElementTree.SubElement(case, "skipped", message=f"waived ({_xml(result.waiver)}): {message}")
+            ElementTree.SubElement(case, "skipped", message=f"waived ({printable(result.waiver)}): {message}")
         case Verdict.PASS if message:
             ElementTree.SubElement(case, "system-out").text = message
     return case
-
-
-def _xml(text: str) -> str:
-    return NO_XML.sub("\ufffd", text)
 
 
 def prometheus(run: Run) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from verify.report.history import Changes
-from verify.report.run import Run
+from verify.report.run import Run, printable
 from verify.verdicts import FAILED, PASSED, Result, Severity, Verdict
 
 #: Readable without colour: a sign and a word.
@@ -36,7 +36,7 @@ def html(
     hosts: dict[str, dict[str, list[Result]]] = {}
     for result in run.results:
         hosts.setdefault(result.host, {}).setdefault(result.subject, []).append(result)
-    return environment.get_template("index.html.j2").render(
+    page = environment.get_template("index.html.j2").render(
         run=run,
         counts=run.as_json(),
         hosts=hosts,
@@ -49,6 +49,7 @@ def html(
         brief=brief,
         tally=tally,
     )
+    return printable(page)
 
 
 def answer(run: Run) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from verify.verdicts import FAILED, PASSED, Result, Severity, Verdict, count
+
+#: Characters that neither XML 1.0 nor HTML can hold, not even escaped: what a host prints may have them.
+NO_TEXT = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for each that can't stand in a page."""
+    return NO_TEXT.sub("\ufffd", text)
 
 
 @dataclass(frozen=True)
