@@ -35,12 +35,13 @@ def test_engine_runs(guest: Guest, containers: Observation, seen: Callable[[str]
 
 @pytest.mark.major
 @pytest.mark.promise("containers.engine.version", "engine.kind", fix=DEPLOY)
-def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation) -> None:
+def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     kind = guest.engine.kind
     version = answering(containers)["version"]
     numbers = tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
     least = ".".join(map(str, LEAST[kind]))
     assert numbers >= LEAST[kind], f"{guest.name}: {NAMES[kind]} {version}, expected {least} or newer"
+    seen(f"{NAMES[kind]} {version}")
 
 
 @pytest.mark.critical
@@ -93,7 +94,9 @@ def test_container_keeps_the_gpu_over_a_daemon_reload(
 @pytest.mark.major
 @pytest.mark.on("docker")
 @pytest.mark.promise("containers.gpu.engine_restart", "gpu", fix=DEPLOY)
-def test_gpu_containers_can_outlive_the_engine(guest: Guest, containers: Observation) -> None:
+def test_gpu_containers_can_outlive_the_engine(
+    guest: Guest, containers: Observation, seen: Callable[[str], None]
+) -> None:
     """What can be seen without a restart; containers.gpu.engine_restart.real does it."""
     engine = answering(containers)
     assert engine["live_restore"], f"{guest.name}: live-restore is off in Docker: its containers stop with it"
@@ -102,6 +105,7 @@ def test_gpu_containers_can_outlive_the_engine(guest: Guest, containers: Observa
         f"{guest.name}: {', '.join(hooked)} was given the GPU by a hook, expected a CDI device: "
         "the engine does not know of it, and loses it"
     )
+    seen("live-restore is on, and no container has the GPU by a hook")
 
 
 @pytest.mark.major

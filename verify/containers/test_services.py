@@ -25,11 +25,12 @@ PROXY = "nginx"
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.{service}.running", "services.{service}.image", fix=DEPLOY)
-def test_service_runs(guest: Guest, service: str, containers: Observation) -> None:
+def test_service_runs(guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]) -> None:
     found = existing(containers, service)
     assert found["exists"], f"{guest.name}: there is no container {service}"
     assert found["running"], f"{guest.name}: container {service} is {found['status']}, expected running"
     assert found["health"] != "unhealthy", f"{guest.name}: container {service} runs and calls itself unhealthy"
+    seen(", ".join(filter(None, (found["status"], found["health"]))))
 
 
 @pytest.mark.critical

@@ -22,9 +22,10 @@ PAGE_KIB = {"2M": "2048", "1G": "1048576"}
 
 @pytest.mark.critical
 @pytest.mark.promise("hypervisor.reachable", "ssh_hostname", fix="make bootstrap LAB={lab}")
-def test_node_answers_ssh_with_its_pinned_key(reach: Observation) -> None:
+def test_node_answers_ssh_with_its_pinned_key(reach: Observation, seen: Callable[[str], None]) -> None:
     if reach["error"]:
         raise Broken(reach["error"], reach["fix"])
+    seen("it answers")
 
 
 @pytest.mark.minor
@@ -108,7 +109,9 @@ def test_declared_cards_are_where_they_are_declared(
 
 @pytest.mark.critical
 @pytest.mark.promise("hypervisor.vfio.bound", "passthrough.devices.address", fix=DEPLOY)
-def test_vfio_pci_drives_every_function_of_the_cards(node: Node, hypervisor: Observation) -> None:
+def test_vfio_pci_drives_every_function_of_the_cards(
+    node: Node, hypervisor: Observation, seen: Callable[[str], None]
+) -> None:
     wrong = [
         f"{name} by {function['driver'] or 'no driver'}"
         for card in placed(node, hypervisor)
@@ -119,6 +122,7 @@ def test_vfio_pci_drives_every_function_of_the_cards(node: Node, hypervisor: Obs
     if wrong and OFF in hypervisor["cmdline"].split():
         raise Broken(f"{message}: this boot was told {OFF}", "reboot {host}")
     assert not wrong, f"{message}; `dmesg | grep gpulab` on the node says what the initramfs did"
+    seen(", ".join(name for card in placed(node, hypervisor) for name in card.functions))
 
 
 @pytest.mark.critical

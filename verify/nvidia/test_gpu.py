@@ -29,6 +29,8 @@ SLOWDOWNS = {
     0x40: "hardware thermal slowdown",
     0x80: "external power brake",
 }
+#: The reason that the power limit is, which is no slowdown.
+POWER_LIMIT = 0x4
 #: NVML's numbers of compute modes.
 DEFAULT, EXCLUSIVE_PROCESS = 0, 3
 MODES = {DEFAULT: "DEFAULT", 2: "PROHIBITED", EXCLUSIVE_PROCESS: "EXCLUSIVE_PROCESS"}
@@ -62,7 +64,7 @@ def test_declared_card_is_visible(guest: Guest, card: Card, nvidia: Observation,
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.memory", "card.memory_mib", "nvidia.ecc", fix=REBOOT)
-def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     least = card.memory_mib * (WITH_ECC if gpu["ecc"] else 1 - MEMORY_TOLERANCE)
     most = card.memory_mib * (1 + MEMORY_TOLERANCE)
@@ -71,6 +73,7 @@ def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) 
         f"{guest.name}: {total} MiB on {gpu['name']}, expected {card.memory_mib} MiB"
         f"{' less what ECC takes' if gpu['ecc'] else ''}"
     )
+    seen(f"{total} MiB")
 
 
 @pytest.mark.major
@@ -132,7 +135,9 @@ def test_link_sends_nothing_twice(guest: Guest, card: Card, nvidia: Observation,
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.throttle", fix="look after the fan, the air and the power cable of the card in {node}")
-def test_nothing_slows_the_card_down(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_nothing_slows_the_card_down(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     work = working(gpu)
     bits = answered(work | {"name": gpu["name"]}, "reasons", "what slows it down")
@@ -140,6 +145,7 @@ def test_nothing_slows_the_card_down(guest: Guest, card: Card, nvidia: Observati
     assert not found, (
         f"{guest.name}: {gpu['name']} is slowed down by {', '.join(found)}, expected at most its power limit"
     )
+    seen("nothing but its power limit" if bits & POWER_LIMIT else "nothing")
 
 
 @pytest.mark.major
@@ -156,7 +162,9 @@ def test_card_is_cool_enough(guest: Guest, card: Card, nvidia: Observation, seen
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.thermal", "nvidia.thermal", fix=DEPLOY)
-def test_temperature_is_watched_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_temperature_is_watched_as_declared(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     unit, wanted = nvidia["units"]["gpulab-gpu-thermal.service"], guest.nvidia.thermal is not None
     running = unit["active"] == "active"
@@ -167,11 +175,14 @@ def test_temperature_is_watched_as_declared(guest: Guest, card: Card, nvidia: Ob
     assert not wanted or unit["enabled"] == "enabled", (
         f"{guest.name}: gpulab-gpu-thermal.service is {unit['enabled']}, expected enabled at the next boot"
     )
+    seen(unit["active"] or "no unit")
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.settings", fix=DEPLOY)
-def test_card_is_set_again_at_the_next_boot(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_card_is_set_again_at_the_next_boot(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     unit = nvidia["units"]["gpulab-gpu-settings.service"]
     assert unit["enabled"] == "enabled", (
@@ -179,6 +190,7 @@ def test_card_is_set_again_at_the_next_boot(guest: Guest, card: Card, nvidia: Ob
         "no setting of the card outlives a boot by itself"
     )
     assert unit["active"] != "failed", f"{guest.name}: gpulab-gpu-settings.service has failed at this boot"
+    seen("its unit is enabled")
 
 
 @pytest.mark.major
@@ -225,11 +237,14 @@ def test_ecc_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen:
     mode = bool(answered(gpu, "ecc", "its ECC mode"))
     waits = " (it changes with the next reboot)" if gpu["ecc_pending"] == wanted else ""
     assert mode == wanted, f"{guest.name}: ECC of {gpu['name']} is {on(mode)}{waits}, expected {on(wanted)}"
+    seen(on(mode))
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.compute_mode", "nvidia.sharing", fix=SETTINGS)
-def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_compute_mode_fits_the_way_of_sharing(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu, sharing = the_gpu(card, nvidia), guest.nvidia.sharing
     mode, wanted = answered(gpu, "compute_mode", "its compute mode"), EXCLUSIVE_PROCESS
     if sharing == "time-slice":
@@ -238,29 +253,36 @@ def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: 
         f"{guest.name}: compute mode of {gpu['name']} is {MODES.get(mode, mode)}, expected {MODES[wanted]} "
         f"for sharing by {sharing}"
     )
+    seen(MODES[wanted])
 
 
 @pytest.mark.minor
 @pytest.mark.promise("nvidia.gpu.accounting", "nvidia.accounting", fix=SETTINGS)
-def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     mode, wanted = bool(answered(gpu, "accounting", "accounting mode")), guest.nvidia.accounting
     assert mode == wanted, f"{guest.name}: accounting mode of {gpu['name']} is {on(mode)}, expected {on(wanted)}"
+    seen(on(mode))
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.persistence", "nvidia.persistence", fix=DEPLOY)
-def test_persistence_mode_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_persistence_mode_is_as_declared(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     mode = bool(answered(gpu, "persistence", "persistence mode"))
     assert mode == guest.nvidia.persistence, (
         f"{guest.name}: persistence mode is {on(mode)}, expected {on(guest.nvidia.persistence)}"
     )
+    seen(on(mode))
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.memory_health", fix=REBOOT)
-def test_memory_of_the_card_is_sound(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_memory_of_the_card_is_sound(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     if gpu["ecc"]:
         errors = answered(gpu, "ecc_uncorrected", "ECC errors")
@@ -270,15 +292,17 @@ def test_memory_of_the_card_is_sound(guest: Guest, card: Card, nvidia: Observati
         f"{guest.name}: {uncorrectable} remapped rows on {gpu['name']}, "
         f"{'a remapping failed' if failure else 'one waits for a reset'}; expected neither"
     )
+    seen(f"{uncorrectable} remapped rows")
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.xid", fix=STOP)
-def test_kernel_saw_no_error_of_the_card(guest: Guest, nvidia: Observation) -> None:
+def test_kernel_saw_no_error_of_the_card(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     if not nvidia["on_bus"] or not nvidia["nvml"]["gpus"]:
         not_run("the GPU is not visible")
     found = of_hardware(nvidia)
     assert not found, f"{guest.name}: the kernel log since boot has {found}, expected none of the hardware"
+    seen("none" if not nvidia["xids"] else f"of applications alone: {', '.join(map(str, nvidia['xids']))}")
 
 
 def of_hardware(nvidia: Observation) -> str:

@@ -23,7 +23,9 @@ RESTART = "systemctl restart gpulab-mps on {host}; then " + DEPLOY
 @pytest.mark.on("mps")
 @pytest.mark.critical
 @pytest.mark.promise("nvidia.mps.daemon", "nvidia.sharing", fix=DEPLOY)
-def test_mps_answers_and_comes_back_after_a_boot(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_mps_answers_and_comes_back_after_a_boot(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     mps, unit = nvidia["mps"], nvidia["units"]["gpulab-mps.service"]
     assert mps is not None, f"{guest.name}: nvidia-cuda-mps-control is not installed"
@@ -33,6 +35,7 @@ def test_mps_answers_and_comes_back_after_a_boot(guest: Guest, card: Card, nvidi
     assert unit["enabled"] == "enabled", (
         f"{guest.name}: gpulab-mps.service is {unit['enabled'] or 'absent'}, expected enabled"
     )
+    seen("it answers, and its unit is enabled")
 
 
 @pytest.mark.on("mps")
@@ -140,7 +143,7 @@ def ours(guest: Guest, user: dict[str, Any]) -> bool:
 @pytest.mark.on("no_mps")
 @pytest.mark.major
 @pytest.mark.promise("nvidia.mps.off", "nvidia.sharing", fix=DEPLOY)
-def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation) -> None:
+def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     daemons = (nvidia["mps"] or {"daemons": []})["daemons"]
     assert not daemons, (
         f"{guest.name}: an MPS control daemon runs (pid {daemons[0]}), expected none with sharing by "
@@ -148,6 +151,7 @@ def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation) -> None:
     )
     unit = nvidia["units"]["gpulab-mps.service"]
     assert unit["enabled"] != "enabled", f"{guest.name}: gpulab-mps.service is enabled, expected none"
+    seen("none")
 
 
 def answering(card: Card, nvidia: Observation) -> dict[str, Any]:

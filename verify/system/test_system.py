@@ -21,16 +21,18 @@ GIB = 2**30
 
 @pytest.mark.critical
 @pytest.mark.promise("system.reachable", "ssh_hostname", fix=DEPLOY)
-def test_guest_answers_ssh_with_its_pinned_key(reach: Observation) -> None:
+def test_guest_answers_ssh_with_its_pinned_key(reach: Observation, seen: Callable[[str], None]) -> None:
     if reach["error"]:
         raise Broken(reach["error"], reach["fix"])
+    seen("it answers")
 
 
 @pytest.mark.critical
 @pytest.mark.promise("system.address", "address", fix=DEPLOY)
-def test_guest_has_its_address(guest: Guest, system: Observation) -> None:
+def test_guest_has_its_address(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     wanted, found = str(guest.address), system["addresses"]
     assert wanted in found, f"{guest.name}: addresses {', '.join(found) or '(none)'}, expected {wanted}"
+    seen(wanted)
 
 
 @pytest.mark.major
@@ -61,7 +63,9 @@ def test_data_disk_is_mounted_from_a_disk_of_its_own(
 
 @pytest.mark.critical
 @pytest.mark.promise("system.data_disk.beneath", "data_disk.mount", fix=DEPLOY)
-def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: Observation) -> None:
+def test_nothing_can_be_written_in_place_of_the_data_disk(
+    guest: Guest, system: Observation, seen: Callable[[str], None]
+) -> None:
     mount, beneath = guest.data_disk.mount, system["data"]["beneath"]
     assert beneath is not None, f"{guest.name}: {mount}: no such folder on the system disk, expected a mount point"
     assert not beneath["entries"], (
@@ -73,19 +77,23 @@ def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: 
     assert beneath["immutable"], (
         f"{guest.name}: {mount} on the system disk can be written to while the data disk is away, expected immutable"
     )
+    seen("empty and immutable")
 
 
 @pytest.mark.major
 @pytest.mark.promise("system.data_disk.size", "data_disk.size_gib", fix=DEPLOY)
-def test_data_disk_has_its_size(guest: Guest, system: Observation) -> None:
+def test_data_disk_has_its_size(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     size = mounted(guest, system)["size_bytes"]
     wanted = guest.data_disk.size_gib
     assert size >= wanted * GIB, f"{guest.name}: the data disk has {size / GIB:.1f} GiB, expected {wanted} GiB"
+    seen(f"{size / GIB:.1f} GiB")
 
 
 @pytest.mark.major
 @pytest.mark.promise("system.data_disk.fstab", "data_disk.mount", fix=DEPLOY)
-def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Observation) -> None:
+def test_data_disk_is_mounted_again_at_the_next_boot(
+    guest: Guest, system: Observation, seen: Callable[[str], None]
+) -> None:
     field, mount = system["data"]["fstab"], guest.data_disk.mount
     assert field is not None, f"{guest.name}: /etc/fstab mounts nothing at {mount}: the next boot will not"
     assert field.startswith("UUID="), (
@@ -96,13 +104,15 @@ def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Obser
         assert field.removeprefix("UUID=").strip('"') == data["uuid"], (
             f"{guest.name}: /etc/fstab mounts {field} at {mount}, expected UUID={data['uuid']}, which is there now"
         )
+    seen(field)
 
 
 @pytest.mark.minor
 @pytest.mark.promise("system.packages", "distribution", fix=DEPLOY)
-def test_base_packages_are_installed(guest: Guest, system: Observation) -> None:
+def test_base_packages_are_installed(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     missing = [name for name in guest.packages.base if name not in system["packages"]]
     assert not missing, f"{guest.name}: not installed: {', '.join(missing)}"
+    seen(f"{len(guest.packages.base)} packages")
 
 
 @pytest.mark.major
