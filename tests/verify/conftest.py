@@ -59,6 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[BREAKAGES] = Breakages()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    healthy.VERIFIED.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Note what the verify runs of a test came to; they count as caught once the test has passed."""
@@ -66,7 +71,6 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     declared = case.params.get("case") if case is not None else None
     broken = {declared[0]} if isinstance(declared, tuple) else set()
     found.broken |= broken
-    healthy.VERIFIED.clear()
     yield
     for run in healthy.VERIFIED:
         found.passed |= run.ids("pass")
@@ -81,7 +85,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not session.config.getoption("--breakages"):
         return
-    session.config.stash[ROWS] = rows(session.config)
+    session.config.stash[ROWS] = rows(session.config.stash[BREAKAGES], checks())
     if any(row.left for row in session.config.stash[ROWS]):
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
@@ -92,19 +96,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
 
 
-def rows(config: pytest.Config) -> list[Row]:
-    """What became of every check that verify has, a row for each severity."""
-    found = config.stash[BREAKAGES]
+def rows(found: Breakages, checks: Mapping[str, Severity]) -> list[Row]:
+    """What became of every check, a row for each severity."""
     table = {level: Row(level) for level in Severity}
-    for pattern, level in checks().items():
-        row = table[level]
+    for name, level in checks.items():
+        # What has an id of its own is none of a check that is made for each part.
+        others = checks.keys() - {name}
         passed, broken, caught = (
-            any(matches(pattern, id_) for id_ in ids) for ids in (found.passed, found.broken, found.caught)
+            any(matches(name, id_) for id_ in ids - others) for ids in (found.passed, found.broken, found.caught)
         )
+        row = table[level]
         row.checks, row.breakable = row.checks + 1, row.breakable + passed
         row.broken, row.caught = row.broken + broken, row.caught + caught
         if not caught:
-            row.left[pattern] = "not caught" if broken else "never broken" if passed else "never passed"
+            row.left[name] = "not caught" if broken else "never broken" if passed else "never passed"
     return list(table.values())
 
 

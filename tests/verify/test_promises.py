@@ -19,7 +19,7 @@ from verify.promises import promised, shown, title_of
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Verified:
-    return verify(lab_file(tmp_path_factory.mktemp("words")), plugin=Doctored(healthy()))
+    return verify(lab_file(tmp_path_factory.mktemp("words")), "--disruptive", plugin=Doctored(healthy()))
 
 
 def test_titles_are_sentences_that_no_other_check_of_the_host_has(run: Verified) -> None:
