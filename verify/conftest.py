@@ -309,8 +309,8 @@ def selection(config: pytest.Config) -> str:
     words = [f"--limit {word}" for word in config.getoption("--limit")]
     words += [f"-k '{config.option.keyword}'"] if config.option.keyword else []
     # pyproject.toml has a -m for the tests of gpulab, which leaves out no check.
-    given = dict(zip(own := config.getini("addopts"), own[1:], strict=False)).get("-m", "")
-    words += [f"-m '{config.option.markexpr}'"] if config.option.markexpr != given else []
+    if config.option.markexpr and config.option.markexpr not in config.getini("addopts"):
+        words.append(f"-m '{config.option.markexpr}'")
     words += [f"--deselect {word}" for word in config.option.deselect or []]
     if not is_whole(config):
         words += [os.path.relpath(word, config.invocation_params.dir) for word in config.args]

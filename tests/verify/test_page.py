@@ -125,5 +125,5 @@ CRITICAL, MAJOR, MINOR = Severity
 def test_first_line_answers_whether_the_lab_is_all_right(status: int, results: list[Result], said: str) -> None:
     run = replace(recorded("now"), exit_status=status, results=results)
 
-    assert answer(run) == said
+    assert answer(run) == said[0].upper() + said[1:]
     assert answer(replace(run, selection="-k vm")) == f"Of what was chosen (-k vm): {said}"

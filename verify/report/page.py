@@ -44,6 +44,7 @@ def html(
         answer=answer(run),
         todo=todo(run),
         not_run=missing(run),
+        waived=run.of(Verdict.WAIVED),
         since=since,
         failing=failing or {},
         brief=brief,
@@ -55,6 +56,11 @@ def html(
 def answer(run: Run) -> str:
     """Is the lab all right, in a sentence?"""
     of = f"Of what was chosen ({run.selection}): " if run.selection else ""
+    told = _answer(run)
+    return of + told if of else told[0].upper() + told[1:]
+
+
+def _answer(run: Run) -> str:
     if run.exit_status == PASSED:
         rest = [
             (len(run.of(Verdict.FAIL)), "minor check failed", "minor checks failed"),
@@ -62,19 +68,17 @@ def answer(run: Run) -> str:
             (sum(result.expected for result in run.results), "check can't run here", "checks can't run here"),
         ]
         told = ", ".join(f"{number} {one if number == 1 else many}" for number, one, many in rest if number)
-        return f"{of}every promise that counts is kept" + (f"; {told}." if told else ".")
+        return "every promise that counts is kept" + (f"; {told}." if told else ".")
     bad = [result for result in run.of(Verdict.FAIL, Verdict.INCONCLUSIVE) if result.counts]
     if run.exit_status == FAILED and bad:
         told = " and ".join(
             f"{number} {level.value}" for level in Severity if (number := sum(each.severity is level for each in bad))
         )
-        return f"{of}{told} {'check' if len(bad) == 1 else 'checks'} failed or can't tell."
+        return f"{told} {'check' if len(bad) == 1 else 'checks'} failed or can't tell."
     number = sum(result.counts for result in run.of(Verdict.NOT_RUN))
     if number:
-        return (
-            f"{of}not known: {number} {'check that counts was' if number == 1 else 'checks that count were'} not run."
-        )
-    return f"{of}not known: nothing was checked."
+        return f"not known: {number} {'check that counts was' if number == 1 else 'checks that count were'} not run."
+    return "not known: nothing was checked."
 
 
 def todo(run: Run) -> list[tuple[str, list[Result]]]:

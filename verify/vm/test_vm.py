@@ -140,6 +140,7 @@ def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation, seen: Callable[[s
 def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     if guest.numa is None and not guest.numa_nodes:
+        seen("none declared")
         return
     on = bool(int(keys.get("numa", 0)))
     assert on == (guest.numa is not False), f"{guest.name}: numa is {on}, expected {guest.numa is not False}"
@@ -172,6 +173,7 @@ def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation, seen: Call
 @pytest.mark.promise("vm.startup", "startup", fix=DEPLOY)
 def test_vm_starts_in_its_order(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     if guest.startup is None:
+        seen("none declared")
         return
     text = str(config(guest, vm).get("startup", ""))
     found = options(text)
