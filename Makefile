@@ -11,7 +11,7 @@ LAB_TESTS ?= tests/lab
 GUEST_FAULTS := tests/faults/test_guest.py tests/faults/test_services.py tests/faults/test_jobs.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify bench kernels molecule lock clean
+.PHONY: help setup test test-faults test-lab test-kernel test-slow lint rehearse rehearse-full lab-up lab-down lab-status lab-shell bootstrap plan deploy verify report test-verify bench kernels molecule lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ lint: setup ## ruff, mypy, import arrows
 test: lint ## lint, types and all fast tests
 	@python -m rehearsal packages
 	pytest -q -n auto
+
+test-verify: setup ## break what each check of verify promises, and print which of them saw it
+	pytest -q tests/verify --breakages
 
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each
 	@rm -f reports/faults.txt
@@ -81,6 +84,9 @@ deploy: setup ## make LAB as declared
 
 verify: setup ## check every promise of LAB from outside
 	@pytest verify --lab $(LAB)
+
+report: setup ## list the verify runs kept of LAB and compare the last two (RUNS="BEFORE NOW": these)
+	@python -m verify.report reports/$(basename $(notdir $(LAB))) $(RUNS)
 
 bench: setup ## the budget table, from the runs recorded last
 	@python -m rehearsal bench

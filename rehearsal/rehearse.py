@@ -113,7 +113,7 @@ def rehearse(keep: bool = False, more: Callable[[Summary], None] | None = None) 
 
 
 def _phases(summary: Summary) -> None:
-    for stale in ("index.html", "verify.json", "summary.json"):
+    for stale in ("index.html", "verify.json", "results.jsonl", "junit.xml", "verify.prom", "summary.json"):
         (REPORTS / stale).unlink(missing_ok=True)
     with phase(summary, "lab up"):
         _clear_the_way()

@@ -6,8 +6,10 @@ pytest verify --lab inventory/lab.py [--limit gpu01] [-k nvidia.driver] [-m crit
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Generator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,17 @@ import pytest
 import inventory
 from inventory import GpulabError, Guest, Lab, Node
 from inventory.cards import Card
+from verify import waivers
+from verify.facts import facts
 from verify.observations import READER, Observation, Observations
+from verify.promises import promised, title_of
 from verify.readers import SUBJECTS, Readers, machine
 from verify.report import Run, revision, write
+from verify.report.history import Changes
 from verify.report.summary import lines
 from verify.selection import hosts_for, limited, parts_of
 from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, not_run
+from verify.waivers import Waiver
 
 #: Folders in the order in which a reader wants them: from the metal up.
 ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
@@ -36,7 +43,13 @@ OBSERVATIONS = pytest.StashKey[Observations]()
 RESULTS = pytest.StashKey[dict[str, Result]]()
 SEEN = pytest.StashKey[str]()
 BEGAN = pytest.StashKey[float]()
-RUN = pytest.StashKey[Run]()
+RUN = pytest.StashKey[tuple[Run, Changes | None]]()
+WAIVERS = pytest.StashKey[list[Waiver]]()
+#: Every check of the lab by host and id, whatever this run chose of them.
+CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
+PROMISED = pytest.StashKey[str]()
+#: Set once everything that may be refused was not.
+READY = pytest.StashKey[bool]()
 #: Where a report carries its verdict to pytest_report_teststatus().
 VERDICT = "gpulab_verdict"
 
@@ -50,6 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--disruptive", action="store_true", help="also run the checks that interrupt services, such as a restart"
     )
     group.addoption("--report", metavar="DIR", help="where the report goes (default: reports/<name of the lab>)")
+    group.addoption(
+        "--waivers", metavar="FILE", help="accepted failures (default: <name of the lab>.waivers.toml beside it)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,10 +79,12 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         lab = inventory.load(file, config.getoption("--data"))
         chosen = limited(lab, config.getoption("--limit"))
+        path = waivers_file(config)
+        config.stash[WAIVERS] = waivers.load(path) if config.getoption("--waivers") or path.exists() else []
     except (GpulabError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[LAB], config.stash[CHOSEN] = lab, chosen
-    config.stash[RESULTS] = {}
+    config.stash[RESULTS], config.stash[CHECKS] = {}, {}
     config.stash[BEGAN] = time.time()
     # Our own summary says it better: without tracebacks and with what would heal each failure.
     if config.option.tbstyle == "auto":
@@ -85,6 +103,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("on")
     if mark is not None:
+        note_checks(metafunc, mark.args[0])
         names = hosts_for(metafunc.config.stash[LAB], mark.args[0], metafunc.config.stash[CHOSEN])
         parts = [name for name in PARTS if name in metafunc.fixturenames]
         if not parts:
@@ -94,6 +113,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(name, each) for name in names for each in parts_of(lab, name, part)]
         ids = [f"{name}-{each}" for name, each in pairs]
         metafunc.parametrize(("machine_name", part), pairs, ids=ids, scope="session")
+
+
+def note_checks(metafunc: pytest.Metafunc, kind: str) -> None:
+    """Remember the check for every host of the lab, chosen or not: a waiver may be about any of them."""
+    lab, mark, level = metafunc.config.stash[LAB], promise(metafunc.definition), severity(metafunc.definition)
+    if mark is None or level is None:
+        return
+    part = next((name for name in PARTS if name in metafunc.fixturenames), None)
+    for host in hosts_for(lab, kind, limited(lab, [])):
+        for about in [{part: each} for each in parts_of(lab, host, part)] if part else [{}]:
+            metafunc.config.stash[CHECKS][host, mark.args[0].format(**about)] = level
 
 
 @pytest.hookimpl(trylast=True)
@@ -107,6 +137,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
+        item.stash[PROMISED] = promise_of(item)
+    if is_whole(config):
+        hosts, accepted, checks = limited(config.stash[LAB], []), config.stash[WAIVERS], config.stash[CHECKS]
+        try:
+            waivers.check(waivers_file(config), accepted, hosts, checks)
+        except waivers.WaiverError as error:
+            raise pytest.UsageError(str(error)) from None
+    config.stash[READY] = True
     items.sort(key=lambda item: (ROOMS.index(subject_of(item)), item.path.name))
 
 
@@ -119,7 +157,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to read, for all hosts at once, what the chosen checks will ask for."""
     config = session.config
-    if config.option.collectonly:
+    # pytest comes here after a usage error, too.
+    if config.option.collectonly or READY not in config.stash:
         return
     lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
     if READER not in config.stash:
@@ -140,6 +179,9 @@ def pytest_runtest_makereport(
         result = judge(item, call, report)
         item.config.stash[RESULTS][item.nodeid] = result
         setattr(report, VERDICT, result.verdict)
+        if result.verdict is Verdict.WAIVED:
+            # To pytest it is a skip: no failure for -x to stop at.
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"waived: {result.waiver}")
     return report
 
 
@@ -150,6 +192,8 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
             return "inconclusive", "?", "INCONCLUSIVE"
         case Verdict.NOT_RUN:
             return "not run", "-", "NOT RUN"
+        case Verdict.WAIVED:
+            return "waived", "w", "WAIVED"
     return None
 
 
@@ -161,7 +205,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     for item in session.items:
         if item.nodeid not in config.stash[RESULTS]:
             config.stash[RESULTS][item.nodeid] = outcome(item, Verdict.NOT_RUN, "the run was stopped before it")
+    today, accepted = date.today(), config.stash[WAIVERS]
     results = list(config.stash[RESULTS].values())
+    results += waivers.expired(accepted, results, waivers_file(config), today)
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = exit_status(results)
     elif exitstatus == pytest.ExitCode.INTERRUPTED:
@@ -174,6 +220,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         duration_s=time.time() - config.stash[BEGAN],
         revision=revision(config.rootpath),
         limits=tuple(config.getoption("--limit")),
+        selection=selection(config),
+        facts=facts(config.stash[OBSERVATIONS].known()),
+        needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
         simulated=sorted({machine(lab, name).simulated for name in config.stash[CHOSEN]} - {""}),
         unexcused=unexcused(lab, config.stash[CHOSEN]),
         exit_status=int(session.exitstatus),
@@ -186,7 +235,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if RUN in config.stash:
         terminalreporter.write_line("")
-        for line in lines(config.stash[RUN]):
+        for line in lines(*config.stash[RUN]):
             terminalreporter.write_line(line)
 
 
@@ -197,14 +246,14 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRep
         case None:
             return outcome(item, Verdict.PASS, item.stash.get(SEEN, ""), duration_s=report.duration)
         case Undecided():
-            return outcome(item, error.verdict, str(error), duration_s=report.duration)
+            return if_waived(item, outcome(item, error.verdict, str(error), duration_s=report.duration))
         case pytest.skip.Exception():
             return outcome(item, Verdict.NOT_RUN, str(error), duration_s=report.duration)
         case AssertionError():
             fix = error.fix if isinstance(error, Broken) else None
             # pytest adds how the compared values came about; the message of the check says what they mean.
             message = str(error).partition("\nassert ")[0]
-            return outcome(item, Verdict.FAIL, message, fix, report.duration)
+            return if_waived(item, outcome(item, Verdict.FAIL, message, fix, report.duration))
     return outcome(
         item,
         Verdict.FAIL,
@@ -212,6 +261,12 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRep
         "run it again with --tb=long, and report it",
         report.duration,
     )
+
+
+def if_waived(item: pytest.Item, result: Result) -> Result:
+    """The result, waived where a waiver covers it. A check that broke has told nothing that could be."""
+    accepted = item.config.stash[WAIVERS]
+    return waivers.waived(result, accepted, date.today())
 
 
 def outcome(
@@ -233,9 +288,43 @@ def outcome(
         message=message,
         fix=(mark.kwargs["fix"] if fix is None else fix).format(**places) if verdict is Verdict.FAIL else "",
         duration_s=duration_s,
+        title=title_of(getattr(item, "originalname", item.name), part_of(item)),
+        promise=item.stash[PROMISED],
         simulated=host.simulated or ", ".join(filter(None, observed)),
         expected=expected and verdict is Verdict.NOT_RUN,
     )
+
+
+def waivers_file(config: pytest.Config) -> Path:
+    return Path(config.getoption("--waivers") or waivers.beside(Path(config.getoption("--lab"))))
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Is all of verify collected, be it to choose from?"""
+    return any(Path(config.invocation_params.dir, word.partition("::")[0]).resolve() == ROOM for word in config.args)
+
+
+def selection(config: pytest.Config) -> str:
+    """The options that leave checks out; empty when all of verify is to run."""
+    words = [f"--limit {word}" for word in config.getoption("--limit")]
+    words += [f"-k '{config.option.keyword}'"] if config.option.keyword else []
+    # pyproject.toml has a -m for the tests of gpulab, which leaves out no check.
+    if config.option.markexpr and config.option.markexpr not in config.getini("addopts"):
+        words.append(f"-m '{config.option.markexpr}'")
+    words += [f"--deselect {word}" for word in config.option.deselect or []]
+    if not is_whole(config):
+        words += [os.path.relpath(word, config.invocation_params.dir) for word in config.args]
+    return " ".join(words)
+
+
+def promise_of(item: pytest.Item) -> str:
+    """The inventory's values that the check is about."""
+    lab, name, mark = item.config.stash[LAB], host_of(item) or "", promise(item)
+    assert mark is not None
+    try:
+        return promised(lab, machine(lab, name), mark.args[1:], part_of(item))
+    except (AttributeError, KeyError, StopIteration) as error:
+        raise pytest.UsageError(f"{item.nodeid}: a key of @promise names nothing: {error}") from None
 
 
 def unexcused(lab: Lab, chosen: Collection[str]) -> list[str]:
@@ -262,7 +351,9 @@ def part_of(item: pytest.Item) -> dict[str, str]:
 
 
 def promise(item: pytest.Item) -> pytest.Mark | None:
-    """The check's id (its only argument) and `fix`; both may name its part, as `{service}`."""
+    """The check's id, the inventory's keys that it is about (see promises.promised()), and `fix`: what would heal it.
+    All may name its part, as `{service}`.
+    """
     return item.get_closest_marker("promise")
 
 

@@ -63,6 +63,11 @@ class Observations:
         except Unreadable as error:
             not_run(str(error))
 
+    def known(self) -> dict[tuple[str, str], Observation]:
+        """All that has been read by now, by host and subject."""
+        done = {key: future for key, future in self._futures.items() if future.done() and not future.cancelled()}
+        return {key: future.result() for key, future in done.items() if future.exception() is None}
+
     def close(self) -> None:
         """Wait for reads that are under way and drop those that have not begun."""
         if self._pool is not None:

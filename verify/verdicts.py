@@ -20,12 +20,15 @@ class Severity(StrEnum):
 
 
 class Verdict(StrEnum):
-    """`INCONCLUSIVE`: it ran and cannot tell. `NOT_RUN`: it could not run, and the message says why."""
+    """`INCONCLUSIVE`: it ran and cannot tell. `NOT_RUN`: it could not run, and the message says why. `WAIVED`: it
+    failed or cannot tell, and somebody has said until when that is accepted.
+    """
 
     PASS = "pass"
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
     NOT_RUN = "not run"
+    WAIVED = "waived"
 
 
 class Undecided(pytest.skip.Exception):  # type: ignore[name-defined]  # documented, but made at run time
@@ -56,7 +59,7 @@ def not_run(reason: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Result:
-    """One check on one host. `fix` is a command, empty unless the check failed."""
+    """One check on one host. `message`: what was found; `fix`: what would heal it, if it failed, waived or not."""
 
     id: str
     host: str
@@ -66,15 +69,21 @@ class Result:
     message: str = ""
     fix: str = ""
     duration_s: float = 0.0
+    #: What the check asks, as a sentence that is true when it passes.
+    title: str = ""
+    #: The values of the inventory that it is about: `cores = 8; affinity = 0-7`. Empty: none, it holds for every lab.
+    promise: str = ""
     #: What stood in for the real thing, empty when nothing did.
     simulated: str = ""
     #: `not run`, and the inventory says that it would be.
     expected: bool = False
+    #: Reason and last day, of one that is waived.
+    waiver: str = ""
 
     @property
     def counts(self) -> bool:
         """Does it bear on the exit status?"""
-        return self.severity is not Severity.MINOR and not self.expected
+        return self.severity is not Severity.MINOR and not self.expected and self.verdict is not Verdict.WAIVED
 
 
 #: Exit statuses of a verify run; 3 and 4 are pytest's own (internal error, usage).

@@ -681,6 +681,10 @@ class Verified(Judged):
     html: str
 
 
+#: Whole runs of this test, for the table of `make test-verify`.
+VERIFIED: list[Verified] = []
+
+
 def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
     """Run verify inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
@@ -689,4 +693,5 @@ def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
     quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))
     report = json.loads((folder / "verify.json").read_text())
-    return Verified(report["results"], status, report, (folder / "index.html").read_text())
+    VERIFIED.append(Verified(report["results"], status, report, (folder / "index.html").read_text()))
+    return VERIFIED[-1]

@@ -1,43 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The report: parses, says what was simulated, keeps secrets, needs nothing from outside."""
+"""The page and verify.json: valid, says what was simulated, keeps secrets, needs nothing from outside."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.verify.healthy import TOKEN, Doctored, healthy, lab_file, verify
-
-VOID = {"meta", "br", "link", "img", "hr"}
-
-
-class Balanced(HTMLParser):
-    """Notes tags that do not close in order, and everything that would be fetched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.problems: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        self.problems += [f"{tag} fetches {value}" for key, value in attrs if key in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.problems.append(f"</{tag}> out of order")
-
-
-def problems(html: str) -> list[str]:
-    parser = Balanced()
-    parser.feed(html)
-    parser.close()
-    return parser.problems + parser.open
+from tests.verify.page import fetches, parsed
 
 
 def broken() -> dict[str, Any]:
@@ -50,7 +23,7 @@ def broken() -> dict[str, Any]:
 def test_page_is_whole_and_self_contained(tmp_path: Path) -> None:
     run = verify(lab_file(tmp_path), plugin=Doctored(broken()))
 
-    assert problems(run.html) == []
+    assert fetches(parsed(run.html)) == []
     assert "url(" not in run.html and "<script" not in run.html and "@import" not in run.html
     assert "&lt;b&gt;" in run.html and "<b>" not in run.html
     # Readable without colour: the verdict stands there as a word.
@@ -114,8 +87,11 @@ def test_json_counts_and_names(tmp_path: Path) -> None:
         "message": "gpu01: VM 101 is stopped, expected running",
         "fix": f"pyinfra {tmp_path / 'lab.py'} deploy.py --limit gpu01",
         "duration_s": 0,
+        "title": "VM runs",
+        "promise": "vmid = 101",
         "simulated": "",
         "expected": False,
+        "waiver": "",
     }
 
 

@@ -23,16 +23,17 @@ KEYS = {"time", "tenant", "service", "method", "path", "status", "bytes", "secon
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.access.nginx", fix=DEPLOY)
-def test_nginx_runs_and_starts_with_the_guest(guest: Guest, access: Observation) -> None:
+@pytest.mark.promise("containers.access.nginx", "access", fix=DEPLOY)
+def test_nginx_runs_and_starts_with_the_guest(guest: Guest, access: Observation, seen: Callable[[str], None]) -> None:
     on_guest = access["guest"]
     assert on_guest["active"] == "active", f"{guest.name}: nginx is {on_guest['active'] or 'absent'}, expected active"
     assert on_guest["enabled"] == "enabled", f"{guest.name}: nginx is {on_guest['enabled']}, expected enabled"
     assert not on_guest["refused"], f"{guest.name}: nginx would not start again: {on_guest['refused']}"
+    seen("active and enabled")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.{service}.tls", fix=DEPLOY)
+@pytest.mark.promise("containers.{service}.tls", "services.{service}.port", "access.certificate", fix=DEPLOY)
 def test_certificate_is_valid_for_the_guest(
     guest: Guest, service: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -48,7 +49,7 @@ def test_certificate_is_valid_for_the_guest(
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.{by_token}.token.required", fix=DEPLOY)
+@pytest.mark.promise("containers.{by_token}.token.required", "services.{by_token}.port", fix=DEPLOY)
 def test_nobody_gets_in_without_a_token(
     guest: Guest, by_token: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -64,7 +65,7 @@ def test_nobody_gets_in_without_a_token(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{by_token}.token.accepted", fix=DEPLOY)
+@pytest.mark.promise("containers.{by_token}.token.accepted", "tenants", fix=DEPLOY)
 def test_each_tenant_gets_in_with_its_token(
     guest: Guest, by_token: str, access: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -80,14 +81,17 @@ def test_each_tenant_gets_in_with_its_token(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{by_token}.managing", fix=DEPLOY)
-def test_no_tenant_manages_models(guest: Guest, by_token: str, access: Observation) -> None:
+@pytest.mark.promise("containers.{by_token}.managing", "tenants", fix=DEPLOY)
+def test_no_tenant_manages_models(
+    guest: Guest, by_token: str, access: Observation, seen: Callable[[str], None]
+) -> None:
     answer = answers_of(access, by_token)["managing"]
     if answer is None:
         not_run("no tenant may use it")
     assert answer["status"] == 403, (
         f"{guest.name}: {by_token}: a tenant gets {said(answer)} for what manages models, expected HTTP 403"
     )
+    seen(said(answer))
 
 
 @pytest.mark.critical
@@ -123,7 +127,7 @@ def test_log_says_who_did_what(guest: Guest, access: Observation, seen: Callable
 
 @pytest.mark.critical
 @pytest.mark.promise("containers.access.secrets", fix=DEPLOY)
-def test_root_alone_reads_tokens_and_key(guest: Guest, access: Observation) -> None:
+def test_root_alone_reads_tokens_and_key(guest: Guest, access: Observation, seen: Callable[[str], None]) -> None:
     files = access["guest"]["files"]
     folders = [path for path, each in files.items() if each["folder"]]
     assert folders, f"{guest.name}: there is no folder of the proxy's secrets"
@@ -133,6 +137,7 @@ def test_root_alone_reads_tokens_and_key(guest: Guest, access: Observation) -> N
         if each["uid"] != 0 or (each["mode"] & 0o077 and (each["folder"] or not path.endswith(".pem")))
     ]
     assert not open_, f"{guest.name}: others than root can read {', '.join(open_)}"
+    seen(f"{len(files)} files and folders")
 
 
 def require_nginx(access: Observation) -> None:

@@ -25,6 +25,7 @@ OURS = "gpulab-verify"
 @pytest.mark.major
 @pytest.mark.promise(
     "containers.{share}.budget",
+    "budgets.{share}",
     fix="nvidia-smi on {host} shows its processes; lower what it may take, or raise its budget in {lab} and deploy",
 )
 def test_share_of_the_card_is_kept(

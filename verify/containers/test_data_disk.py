@@ -19,17 +19,22 @@ VOLATILE = ("/run/",)
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.data_disk.required", fix="docker stop the named containers on {host}; then " + DEPLOY)
-def test_no_container_of_ours_runs_without_the_data_disk(guest: Guest, containers: Observation) -> None:
+@pytest.mark.promise(
+    "containers.data_disk.required", "data_disk.mount", fix="docker stop the named containers on {host}; then " + DEPLOY
+)
+def test_no_container_of_ours_runs_without_the_data_disk(
+    guest: Guest, containers: Observation, seen: Callable[[str], None]
+) -> None:
     answering(containers)
     running = [item["name"] for item in containers["data"]["containers"] if item["running"]]
     assert containers["data"]["mounted"] or not running, (
         f"{guest.name}: {', '.join(running)} runs while nothing is mounted at {guest.data_disk.mount}, expected stopped"
     )
+    seen(f"running: {', '.join(running) or 'none'}")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.data_disk.folders", fix=DEPLOY)
+@pytest.mark.promise("containers.data_disk.folders", "data_disk.mount", fix=DEPLOY)
 def test_what_services_write_lies_on_the_data_disk(
     guest: Guest, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -58,8 +63,10 @@ def test_what_services_write_lies_on_the_data_disk(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.data_disk.bound", fix=DEPLOY)
-def test_services_are_stopped_when_the_data_disk_goes(guest: Guest, containers: Observation) -> None:
+@pytest.mark.promise("containers.data_disk.bound", "data_disk.mount", fix=DEPLOY)
+def test_services_are_stopped_when_the_data_disk_goes(
+    guest: Guest, containers: Observation, seen: Callable[[str], None]
+) -> None:
     answering(containers)
     if not containers["data"]["mounted"]:
         not_run(f"nothing is mounted at {guest.data_disk.mount}")
@@ -68,6 +75,7 @@ def test_services_are_stopped_when_the_data_disk_goes(guest: Guest, containers: 
         f"{guest.name}: no active unit that stops the services is bound to the mount of {guest.data_disk.mount}; "
         f"bound: {', '.join(bound) or '(none)'}"
     )
+    seen(", ".join(bound))
 
 
 def answering(containers: Observation) -> None:

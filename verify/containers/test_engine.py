@@ -24,7 +24,7 @@ RESTARTED = "docker inspect, and the journal of docker.service, on {host}"
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.engine.active", fix=DEPLOY)
+@pytest.mark.promise("containers.engine.active", "engine.kind", fix=DEPLOY)
 def test_engine_runs(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     engine, name = containers["engine"], NAMES[guest.engine.kind]
     unit = "docker.service" if guest.engine.kind == "docker" else name
@@ -34,18 +34,19 @@ def test_engine_runs(guest: Guest, containers: Observation, seen: Callable[[str]
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.engine.version", fix=DEPLOY)
-def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation) -> None:
+@pytest.mark.promise("containers.engine.version", "engine.kind", fix=DEPLOY)
+def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     kind = guest.engine.kind
     version = answering(containers)["version"]
     numbers = tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
     least = ".".join(map(str, LEAST[kind]))
     assert numbers >= LEAST[kind], f"{guest.name}: {NAMES[kind]} {version}, expected {least} or newer"
+    seen(f"{NAMES[kind]} {version}")
 
 
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.cdi", fix=DEPLOY)
+@pytest.mark.promise("containers.cdi", "gpu", fix=DEPLOY)
 def test_engine_knows_the_gpu_as_cdi_device(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     engine = answering(containers)
     assert engine["cdi_folders"], f"{guest.name}: CDI is off in Docker {engine['version']}"
@@ -59,7 +60,7 @@ def test_engine_knows_the_gpu_as_cdi_device(guest: Guest, containers: Observatio
 
 @pytest.mark.major
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.cdi.fresh", fix=DEPLOY)
+@pytest.mark.promise("containers.cdi.fresh", "gpu", fix=DEPLOY)
 def test_specification_fits_the_driver(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     found, loaded = containers["specifications"], containers["loaded"]
     if not found or loaded is None:
@@ -80,7 +81,7 @@ def test_specification_fits_the_driver(guest: Guest, containers: Observation, se
 @pytest.mark.major
 @pytest.mark.on("gpu_containers")
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.gpu.daemon_reload", fix=DEPLOY)
+@pytest.mark.promise("containers.gpu.daemon_reload", "gpu", fix=DEPLOY)
 def test_container_keeps_the_gpu_over_a_daemon_reload(
     guest: Guest, containers: Observation, daemon_reload: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -92,8 +93,10 @@ def test_container_keeps_the_gpu_over_a_daemon_reload(
 
 @pytest.mark.major
 @pytest.mark.on("docker")
-@pytest.mark.promise("containers.gpu.engine_restart", fix=DEPLOY)
-def test_gpu_containers_can_outlive_the_engine(guest: Guest, containers: Observation) -> None:
+@pytest.mark.promise("containers.gpu.engine_restart", "gpu", fix=DEPLOY)
+def test_gpu_containers_can_outlive_the_engine(
+    guest: Guest, containers: Observation, seen: Callable[[str], None]
+) -> None:
     """What can be seen without a restart; containers.gpu.engine_restart.real does it."""
     engine = answering(containers)
     assert engine["live_restore"], f"{guest.name}: live-restore is off in Docker: its containers stop with it"
@@ -102,13 +105,14 @@ def test_gpu_containers_can_outlive_the_engine(guest: Guest, containers: Observa
         f"{guest.name}: {', '.join(hooked)} was given the GPU by a hook, expected a CDI device: "
         "the engine does not know of it, and loses it"
     )
+    seen("live-restore is on, and no container has the GPU by a hook")
 
 
 @pytest.mark.major
 @pytest.mark.disruptive
 @pytest.mark.on("ollama")
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.gpu.engine_restart.real", fix=RESTARTED)
+@pytest.mark.promise("containers.gpu.engine_restart.real", "gpu", fix=RESTARTED)
 def test_container_keeps_the_gpu_over_a_restart_of_the_engine(
     guest: Guest, containers: Observation, engine_restart: Observation, seen: Callable[[str], None]
 ) -> None:

@@ -19,6 +19,7 @@ INTERVALS, LOOK_S = 5, 60
 @pytest.mark.major
 @pytest.mark.promise(
     "containers.healing",
+    "healing.interval_s",
     fix="gpulab-heal --status on {host} says what was tried; mend it, then gpulab-heal --reset NAME, or deploy",
 )
 def test_services_are_looked_after(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:

@@ -30,7 +30,7 @@ def ollama(guest: Guest) -> Ollama:
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.ollama.api", fix=DEPLOY)
+@pytest.mark.promise("containers.ollama.api", "services.ollama.port", fix=DEPLOY)
 def test_ollama_answers(guest: Guest, ollama: Ollama, containers: Observation, seen: Callable[[str], None]) -> None:
     answer = running(containers, "ollama")["version"]
     where = f"http://127.0.0.1:{ollama.port}/api/version"
@@ -39,7 +39,7 @@ def test_ollama_answers(guest: Guest, ollama: Ollama, containers: Observation, s
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.ollama.models", fix=DEPLOY)
+@pytest.mark.promise("containers.ollama.models", "services.ollama.models", fix=DEPLOY)
 def test_declared_models_are_there(
     guest: Guest, ollama: Ollama, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -64,7 +64,18 @@ def test_declared_models_are_there(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.ollama.settings", fix=RECREATE)
+@pytest.mark.promise(
+    "containers.ollama.settings",
+    "services.ollama.context_length",
+    "services.ollama.parallel",
+    "services.ollama.max_loaded_models",
+    "services.ollama.max_queue",
+    "services.ollama.keep_alive",
+    "services.ollama.load_timeout",
+    "services.ollama.flash_attention",
+    "services.ollama.kv_cache_type",
+    fix=RECREATE,
+)
 def test_settings_are_in_effect(
     guest: Guest, ollama: Ollama, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -81,7 +92,7 @@ def test_settings_are_in_effect(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.ollama.context", fix=RECREATE)
+@pytest.mark.promise("containers.ollama.context", "services.ollama.context_length", fix=RECREATE)
 def test_context_is_not_longer_than_declared(
     guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -99,7 +110,9 @@ def test_context_is_not_longer_than_declared(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.ollama.memory", fix=RECREATE)
+@pytest.mark.promise(
+    "containers.ollama.memory", "services.ollama.memory_budget_mib", "services.ollama.max_loaded_models", fix=RECREATE
+)
 def test_models_stay_within_the_budget(
     guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -118,7 +131,7 @@ def test_models_stay_within_the_budget(
 
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.ollama.gpu", fix=RECREATE)
+@pytest.mark.promise("containers.ollama.gpu", "gpu", fix=RECREATE)
 def test_ollama_computes_on_the_gpu(
     guest: Guest, ollama: Ollama, containers: Observation, ollama_load: Observation, seen: Callable[[str], None]
 ) -> None:

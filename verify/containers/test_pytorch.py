@@ -28,7 +28,7 @@ OF_VENV = ("pip", "setuptools")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.pytorch.image", fix=DEPLOY)
+@pytest.mark.promise("containers.pytorch.image", "services.pytorch.image", fix=DEPLOY)
 def test_image_of_jobs_is_there(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     digest = declared(guest).image.partition("@")[2]
     digests = [each.partition("@")[2] for each in pytorch["digests"]]
@@ -37,7 +37,12 @@ def test_image_of_jobs_is_there(guest: Guest, pytorch: Observation, seen: Callab
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.pytorch.job", fix=DEPLOY + "; gpulab-run --list on {host} shows what runs")
+@pytest.mark.promise(
+    "containers.pytorch.job",
+    "services.pytorch.image",
+    "tenants",
+    fix=DEPLOY + "; gpulab-run --list on {host} shows what runs",
+)
 def test_tenant_runs_a_job(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     job = asked(pytorch)
     said = " ".join(job["said"].split())[-200:]
@@ -47,7 +52,7 @@ def test_tenant_runs_a_job(guest: Guest, pytorch: Observation, seen: Callable[[s
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.pytorch.environment", fix=DEPLOY)
+@pytest.mark.promise("containers.pytorch.environment", "services.pytorch.lock", fix=DEPLOY)
 def test_environment_is_as_locked(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     wanted, found = locked(declared(guest).lock), saw(pytorch)["versions"]
     assert not (more := sorted({*saw(pytorch)["own"]} - {*wanted, *OF_VENV})), (
@@ -66,7 +71,7 @@ def test_environment_is_as_locked(guest: Guest, pytorch: Observation, seen: Call
 
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.pytorch.cuda", fix=DEPLOY)
+@pytest.mark.promise("containers.pytorch.cuda", "gpu", fix=DEPLOY)
 def test_job_sees_the_gpu(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     found = saw(pytorch)
     if not found["cuda"]:
@@ -76,7 +81,9 @@ def test_job_sees_the_gpu(guest: Guest, pytorch: Observation, seen: Callable[[st
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.pytorch.limits", fix=DEPLOY)
+@pytest.mark.promise(
+    "containers.pytorch.limits", "tenants.memory_limit_mib", "services.pytorch.host_memory_mib", fix=DEPLOY
+)
 def test_job_has_its_tenants_share(guest: Guest, card: Card, pytorch: Observation, seen: Callable[[str], None]) -> None:
     found, service = saw(pytorch), declared(guest)
     tenant = next(each for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch"))
@@ -97,7 +104,7 @@ def test_job_has_its_tenants_share(guest: Guest, card: Card, pytorch: Observatio
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.pytorch.rights", fix=DEPLOY)
+@pytest.mark.promise("containers.pytorch.rights", "nvidia.service_uid", fix=DEPLOY)
 def test_job_has_no_right_too_many(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     found, uid = saw(pytorch), guest.nvidia.service_uid
     excess = [

@@ -24,16 +24,17 @@ PROXY = "nginx"
 
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.{service}.running", fix=DEPLOY)
-def test_service_runs(guest: Guest, service: str, containers: Observation) -> None:
+@pytest.mark.promise("containers.{service}.running", "services.{service}.image", fix=DEPLOY)
+def test_service_runs(guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]) -> None:
     found = existing(containers, service)
     assert found["exists"], f"{guest.name}: there is no container {service}"
     assert found["running"], f"{guest.name}: container {service} is {found['status']}, expected running"
     assert found["health"] != "unhealthy", f"{guest.name}: container {service} runs and calls itself unhealthy"
+    seen(", ".join(filter(None, (found["status"], found["health"]))))
 
 
 @pytest.mark.critical
-@pytest.mark.promise("containers.{service}.image", fix=DEPLOY)
+@pytest.mark.promise("containers.{service}.image", "services.{service}.image", fix=DEPLOY)
 def test_service_is_of_the_declared_image(
     guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -49,7 +50,7 @@ def test_service_is_of_the_declared_image(
 @pytest.mark.critical
 @pytest.mark.on("gpus")
 @pytest.mark.usefixtures("guest_sees_gpu")
-@pytest.mark.promise("containers.{service}.gpu_visible", fix=RECREATE)
+@pytest.mark.promise("containers.{service}.gpu_visible", "gpu", fix=RECREATE)
 def test_gpu_is_visible_in_the_container(
     guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -60,7 +61,7 @@ def test_gpu_is_visible_in_the_container(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{service}.storage", fix=RECREATE)
+@pytest.mark.promise("containers.{service}.storage", "data_disk.mount", fix=RECREATE)
 def test_data_lies_on_the_data_disk(
     guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -74,7 +75,7 @@ def test_data_lies_on_the_data_disk(
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{service}.loopback", fix=DEPLOY)
+@pytest.mark.promise("containers.{service}.loopback", "services.{service}.port", fix=DEPLOY)
 def test_service_is_not_open_to_the_network(
     guest: Guest,
     service: str,
@@ -108,7 +109,7 @@ def listener(each: dict[str, Any]) -> str:
 
 
 @pytest.mark.major
-@pytest.mark.promise("containers.{service}.hardening", fix=RECREATE)
+@pytest.mark.promise("containers.{service}.hardening", "services.{service}.host_memory_mib", fix=RECREATE)
 def test_container_has_no_right_too_many(
     guest: Guest, service: str, containers: Observation, seen: Callable[[str], None]
 ) -> None:

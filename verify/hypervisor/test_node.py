@@ -21,10 +21,11 @@ PAGE_KIB = {"2M": "2048", "1G": "1048576"}
 
 
 @pytest.mark.critical
-@pytest.mark.promise("hypervisor.reachable", fix="make bootstrap LAB={lab}")
-def test_node_answers_ssh_with_its_pinned_key(reach: Observation) -> None:
+@pytest.mark.promise("hypervisor.reachable", "ssh_hostname", fix="make bootstrap LAB={lab}")
+def test_node_answers_ssh_with_its_pinned_key(reach: Observation, seen: Callable[[str], None]) -> None:
     if reach["error"]:
         raise Broken(reach["error"], reach["fix"])
+    seen("it answers")
 
 
 @pytest.mark.minor
@@ -37,7 +38,9 @@ def test_node_runs_a_supported_proxmox_ve(node: Node, hypervisor: Observation, s
 
 
 @pytest.mark.critical
-@pytest.mark.promise("hypervisor.iommu.on", fix=DEPLOY + "; then VT-d or AMD-Vi in the firmware's setup")
+@pytest.mark.promise(
+    "hypervisor.iommu.on", "passthrough.devices", fix=DEPLOY + "; then VT-d or AMD-Vi in the firmware's setup"
+)
 def test_iommu_is_on(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     units, groups = hypervisor["iommus"], hypervisor["groups"]
     assert units, f"{node.name}: /sys/class/iommu is empty, expected an IOMMU; is it off in the firmware?"
@@ -46,7 +49,14 @@ def test_iommu_is_on(node: Node, hypervisor: Observation, seen: Callable[[str], 
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.cmdline", fix=DEPLOY)
+@pytest.mark.promise(
+    "hypervisor.cmdline",
+    "passthrough.iommu_pt",
+    "passthrough.pcie_acs_override",
+    "passthrough.initcall_blacklist",
+    "passthrough.hugepages",
+    fix=DEPLOY,
+)
 def test_kernel_was_booted_with_the_declared_options(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -65,7 +75,7 @@ def test_kernel_was_booted_with_the_declared_options(
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.kernel", fix=DEPLOY)
+@pytest.mark.promise("hypervisor.kernel", "passthrough.kernel", fix=DEPLOY)
 def test_declared_kernel_runs(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     wanted, running = node.passthrough.kernel, hypervisor["kernel"]
     assert wanted in (None, running), f"{node.name}: kernel {running} runs, expected {wanted}"
@@ -73,7 +83,12 @@ def test_declared_kernel_runs(node: Node, hypervisor: Observation, seen: Callabl
 
 
 @pytest.mark.critical
-@pytest.mark.promise("hypervisor.device", fix="`address` and `id` of the device in {lab}: see lspci -nn on {host}")
+@pytest.mark.promise(
+    "hypervisor.device",
+    "passthrough.devices.address",
+    "passthrough.devices.id",
+    fix="`address` and `id` of the device in {lab}: see lspci -nn on {host}",
+)
 def test_declared_cards_are_where_they_are_declared(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -93,8 +108,10 @@ def test_declared_cards_are_where_they_are_declared(
 
 
 @pytest.mark.critical
-@pytest.mark.promise("hypervisor.vfio.bound", fix=DEPLOY)
-def test_vfio_pci_drives_every_function_of_the_cards(node: Node, hypervisor: Observation) -> None:
+@pytest.mark.promise("hypervisor.vfio.bound", "passthrough.devices.address", fix=DEPLOY)
+def test_vfio_pci_drives_every_function_of_the_cards(
+    node: Node, hypervisor: Observation, seen: Callable[[str], None]
+) -> None:
     wrong = [
         f"{name} by {function['driver'] or 'no driver'}"
         for card in placed(node, hypervisor)
@@ -105,10 +122,16 @@ def test_vfio_pci_drives_every_function_of_the_cards(node: Node, hypervisor: Obs
     if wrong and OFF in hypervisor["cmdline"].split():
         raise Broken(f"{message}: this boot was told {OFF}", "reboot {host}")
     assert not wrong, f"{message}; `dmesg | grep gpulab` on the node says what the initramfs did"
+    seen(", ".join(name for card in placed(node, hypervisor) for name in card.functions))
 
 
 @pytest.mark.critical
-@pytest.mark.promise("hypervisor.iommu.group", fix="another slot for the card, or `allow_shared_group` in {lab}")
+@pytest.mark.promise(
+    "hypervisor.iommu.group",
+    "passthrough.devices.iommu_group",
+    "passthrough.devices.allow_shared_group",
+    fix="another slot for the card, or `allow_shared_group` in {lab}",
+)
 def test_cards_are_alone_in_their_iommu_groups(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -144,7 +167,11 @@ def test_cards_are_alone_in_their_iommu_groups(
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.reset", fix="`reset_methods` of the device in {lab}: see reset_method of it on {host}")
+@pytest.mark.promise(
+    "hypervisor.reset",
+    "passthrough.devices.reset_methods",
+    fix="`reset_methods` of the device in {lab}: see reset_method of it on {host}",
+)
 def test_cards_can_be_reset_as_declared(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     told = []
     for card in placed(node, hypervisor):
@@ -158,7 +185,9 @@ def test_cards_can_be_reset_as_declared(node: Node, hypervisor: Observation, see
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.options", fix=DEPLOY)
+@pytest.mark.promise(
+    "hypervisor.options", "passthrough.disable_idle_d3", "passthrough.allow_unsafe_interrupts", fix=DEPLOY
+)
 def test_vfio_runs_with_the_declared_options(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     wanted, found = vfio_options(node), hypervisor["parameters"]
     shown = ", ".join(f"{name} {found[name] or '(not loaded)'}" for name in wanted)
@@ -175,7 +204,7 @@ def test_vfio_runs_with_the_declared_options(node: Node, hypervisor: Observation
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.blacklist", fix=DEPLOY)
+@pytest.mark.promise("hypervisor.blacklist", "passthrough.blacklist", fix=DEPLOY)
 def test_blacklisted_drivers_stay_out(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     wanted = {name.replace("-", "_") for name in node.passthrough.blacklist}
     missing = sorted(wanted - set(hypervisor["modprobe"]["blacklist"]))
@@ -186,7 +215,9 @@ def test_blacklisted_drivers_stay_out(node: Node, hypervisor: Observation, seen:
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.hugepages", fix=DEPLOY + "; huge pages are only reliably had at a boot")
+@pytest.mark.promise(
+    "hypervisor.hugepages", "passthrough.hugepages", fix=DEPLOY + "; huge pages are only reliably had at a boot"
+)
 def test_huge_pages_are_set_aside(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     wanted = node.passthrough.hugepages
     if wanted is None:

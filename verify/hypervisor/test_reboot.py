@@ -23,7 +23,7 @@ ROOT = re.compile(r"(root|boot)=|r[ow]$")
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.kernel", fix=DEPLOY)
+@pytest.mark.promise("hypervisor.next_boot.kernel", "passthrough.kernel", fix=DEPLOY)
 def test_next_boot_loads_a_kernel_with_vfio_pci(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -50,7 +50,14 @@ def test_next_boot_loads_a_kernel_with_vfio_pci(
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.cmdline", fix=DEPLOY)
+@pytest.mark.promise(
+    "hypervisor.next_boot.cmdline",
+    "passthrough.iommu_pt",
+    "passthrough.pcie_acs_override",
+    "passthrough.initcall_blacklist",
+    "passthrough.hugepages",
+    fix=DEPLOY,
+)
 def test_next_boot_has_the_declared_options(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     after = hypervisor["next_boot"]
     shown = f"{node.name}: the next boot has `{after['cmdline']}` ({after['cmdline_source']})"
@@ -65,7 +72,12 @@ def test_next_boot_has_the_declared_options(node: Node, hypervisor: Observation,
 
 
 @pytest.mark.major
-@pytest.mark.promise("hypervisor.next_boot.initramfs", fix=DEPLOY + "; then update-initramfs -u -k all on {host}")
+@pytest.mark.promise(
+    "hypervisor.next_boot.initramfs",
+    "passthrough.devices.address",
+    "passthrough.blacklist",
+    fix=DEPLOY + "; then update-initramfs -u -k all on {host}",
+)
 def test_next_boot_gives_the_cards_to_vfio_pci(
     node: Node, hypervisor: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -95,7 +107,7 @@ def test_next_boot_gives_the_cards_to_vfio_pci(
 
 @pytest.mark.minor
 @pytest.mark.promise("hypervisor.reboot_pending", fix="reboot {host} when it suits")
-def test_node_runs_what_it_would_boot(node: Node, hypervisor: Observation) -> None:
+def test_node_runs_what_it_would_boot(node: Node, hypervisor: Observation, seen: Callable[[str], None]) -> None:
     """What is declared has its own checks for both boots: here is all the rest."""
     after = hypervisor["next_boot"]
     declared = node.passthrough
@@ -111,6 +123,7 @@ def test_node_runs_what_it_would_boot(node: Node, hypervisor: Observation) -> No
     news += [f"{word} on the command line" for word in coming if word not in running and word not in ours]
     news += [f"no {word} on the command line" for word in running if word not in coming and word not in ours]
     assert not news, f"{node.name}: a reboot is outstanding, it would bring {', '.join(news)}"
+    seen("it would change nothing but what has checks of its own")
 
 
 def is_on(options: dict[str, dict[str, str]], name: str) -> bool:

@@ -21,7 +21,7 @@ UNPINNED = 500
 
 
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.driver.loaded", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.loaded", "nvidia.branch", fix=DEPLOY)
 def test_driver_is_loaded(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     loaded = nvidia["loaded"]
     if loaded is None and not nvidia["on_bus"]:
@@ -31,7 +31,7 @@ def test_driver_is_loaded(guest: Guest, nvidia: Observation, seen: Callable[[str
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.versions", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.versions", "nvidia.branch", fix=DEPLOY)
 def test_all_parts_of_the_driver_are_of_one_version(
     guest: Guest, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -64,16 +64,17 @@ def cause(versions: dict[str, str | None]) -> str:
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.nouveau", fix=DEPLOY)
-def test_nouveau_leaves_the_card_alone(guest: Guest, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.driver.nouveau", "gpu", fix=DEPLOY)
+def test_nouveau_leaves_the_card_alone(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     assert not nvidia["nouveau"]["loaded"], f"{guest.name}: nouveau is loaded, expected the card for NVIDIA's driver"
     assert nvidia["nouveau"]["blacklisted"], (
         f"{guest.name}: no file of modprobe.d has `blacklist nouveau`: the next boot may load it first"
     )
+    seen("not loaded, and blacklisted")
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.next_kernel", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.next_kernel", "nvidia.branch", fix=DEPLOY)
 def test_kernel_that_boots_next_has_the_module(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     kernel, module = nvidia["next_kernel"]["kernel"], nvidia["next_kernel"]["module"]
     package = userspace(guest, nvidia)
@@ -87,7 +88,7 @@ def test_kernel_that_boots_next_has_the_module(guest: Guest, nvidia: Observation
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.held", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.held", "nvidia.branch", fix=DEPLOY)
 def test_packages_of_the_driver_are_held(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     family = driver_family(guest, nvidia)
     loose = [name for name in family if name not in nvidia["held"]]
@@ -98,7 +99,7 @@ def test_packages_of_the_driver_are_held(guest: Guest, nvidia: Observation, seen
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.unattended", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.unattended", "security_upgrades", fix=DEPLOY)
 def test_unattended_upgrades_leave_the_driver_alone(
     guest: Guest, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -117,7 +118,7 @@ def test_unattended_upgrades_leave_the_driver_alone(
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.cuda", fix=DEPLOY)
+@pytest.mark.promise("nvidia.cuda", "nvidia.cuda", fix=DEPLOY)
 def test_declared_cuda_toolkits_compile(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     for version in guest.nvidia.cuda:
         found = nvidia["cuda"][version]
@@ -128,18 +129,21 @@ def test_declared_cuda_toolkits_compile(guest: Guest, nvidia: Observation, seen:
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.branch", fix=DEPLOY)
-def test_installed_driver_is_of_the_declared_branch(guest: Guest, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.driver.branch", "nvidia.branch", "nvidia.version", fix=DEPLOY)
+def test_installed_driver_is_of_the_declared_branch(
+    guest: Guest, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     installed, wanted = userspace(guest, nvidia), guest.nvidia.version
     assert installed is not None, f"{guest.name}: {guest.packages.driver[0]} is not installed"
     assert installed.split(".")[0] == guest.nvidia.branch, (
         f"{guest.name}: driver {installed}, expected branch {guest.nvidia.branch}"
     )
     assert wanted is None or installed == wanted, f"{guest.name}: driver {installed}, expected {wanted}"
+    seen(installed)
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.driver.pin", fix=DEPLOY)
+@pytest.mark.promise("nvidia.driver.pin", "nvidia.branch", "nvidia.version", fix=DEPLOY)
 def test_apt_stays_on_the_branch(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     branch = guest.nvidia.branch
     for name in guest.packages.driver:
@@ -162,8 +166,10 @@ def test_apt_stays_on_the_branch(guest: Guest, nvidia: Observation, seen: Callab
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.toolkit.version", fix=DEPLOY)
-def test_container_toolkit_is_of_the_declared_version(guest: Guest, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.toolkit.version", "nvidia.toolkit_version", fix=DEPLOY)
+def test_container_toolkit_is_of_the_declared_version(
+    guest: Guest, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     wanted = guest.nvidia.toolkit_version
     wrong = [
         f"{name} {nvidia['policy'][name]['installed'] or 'absent'}"
@@ -171,11 +177,14 @@ def test_container_toolkit_is_of_the_declared_version(guest: Guest, nvidia: Obse
         if nvidia["policy"][name]["installed"] != wanted
     ]
     assert not wrong, f"{guest.name}: {', '.join(wrong)}; expected {wanted}"
+    seen(wanted)
 
 
 @pytest.mark.minor
-@pytest.mark.promise("nvidia.repository.signed", fix=DEPLOY)
-def test_repositories_are_checked_against_their_own_keys(guest: Guest, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.repository.signed", "nvidia.repository", "nvidia.toolkit_repository", fix=DEPLOY)
+def test_repositories_are_checked_against_their_own_keys(
+    guest: Guest, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     for url, sources in nvidia["sources"].items():
         assert sources, f"{guest.name}: apt has no source below {url}"
         for source in sources:
@@ -183,6 +192,7 @@ def test_repositories_are_checked_against_their_own_keys(guest: Guest, nvidia: O
                 f"{guest.name}: /etc/apt/…/{source['file']} trusts {url} "
                 f"{'unseen' if source['trusted'] else 'by any key of apt'}, expected signed-by"
             )
+    seen(f"{len(nvidia['sources'])} repositories")
 
 
 def upstream(version: str | None) -> str | None:

@@ -29,6 +29,8 @@ SLOWDOWNS = {
     0x40: "hardware thermal slowdown",
     0x80: "external power brake",
 }
+#: The reason that the power limit is, which is no slowdown.
+POWER_LIMIT = 0x4
 #: NVML's numbers of compute modes.
 DEFAULT, EXCLUSIVE_PROCESS = 0, 3
 MODES = {DEFAULT: "DEFAULT", 2: "PROHIBITED", EXCLUSIVE_PROCESS: "EXCLUSIVE_PROCESS"}
@@ -41,7 +43,7 @@ WITH_ECC = 0.93
 
 
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.gpu.visible", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.visible", "gpu", "card.name", fix=DEPLOY)
 def test_declared_card_is_visible(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     told = last_words(nvidia)
     if not nvidia["on_bus"]:
@@ -61,8 +63,8 @@ def test_declared_card_is_visible(guest: Guest, card: Card, nvidia: Observation,
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.memory", fix=REBOOT)
-def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.gpu.memory", "card.memory_mib", "nvidia.ecc", fix=REBOOT)
+def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     least = card.memory_mib * (WITH_ECC if gpu["ecc"] else 1 - MEMORY_TOLERANCE)
     most = card.memory_mib * (1 + MEMORY_TOLERANCE)
@@ -71,10 +73,11 @@ def test_card_has_all_its_memory(guest: Guest, card: Card, nvidia: Observation) 
         f"{guest.name}: {total} MiB on {gpu['name']}, expected {card.memory_mib} MiB"
         f"{' less what ECC takes' if gpu['ecc'] else ''}"
     )
+    seen(f"{total} MiB")
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.link", fix=SEAT)
+@pytest.mark.promise("nvidia.gpu.link", "card.link_width", fix=SEAT)
 def test_link_has_all_its_lanes(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     width = answered(gpu, "link_width", "the link's width")
@@ -86,7 +89,7 @@ def test_link_has_all_its_lanes(guest: Guest, card: Card, nvidia: Observation, s
 
 
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.gpu.client", fix=DEPLOY)
+@pytest.mark.promise("nvidia.gpu.client", "nvidia.sharing", fix=DEPLOY)
 def test_client_gets_the_card(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     """A second of copies, as a service does them: by its user and through MPS where there is one."""
     gpu = the_gpu(card, nvidia)
@@ -98,7 +101,7 @@ def test_client_gets_the_card(guest: Guest, card: Card, nvidia: Observation, see
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.link.generation", fix=SEAT)
+@pytest.mark.promise("nvidia.gpu.link.generation", "card.link_generation", fix=SEAT)
 def test_link_is_fast_under_load(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     # At rest the generation falls to save power.
     gpu = the_gpu(card, nvidia)
@@ -132,7 +135,9 @@ def test_link_sends_nothing_twice(guest: Guest, card: Card, nvidia: Observation,
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.throttle", fix="look after the fan, the air and the power cable of the card in {node}")
-def test_nothing_slows_the_card_down(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_nothing_slows_the_card_down(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     work = working(gpu)
     bits = answered(work | {"name": gpu["name"]}, "reasons", "what slows it down")
@@ -140,10 +145,13 @@ def test_nothing_slows_the_card_down(guest: Guest, card: Card, nvidia: Observati
     assert not found, (
         f"{guest.name}: {gpu['name']} is slowed down by {', '.join(found)}, expected at most its power limit"
     )
+    seen("nothing but its power limit" if bits & POWER_LIMIT else "nothing")
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.temperature", fix="look after the fan and the air of the card in {node}")
+@pytest.mark.promise(
+    "nvidia.gpu.temperature", "nvidia.thermal.critical_c", fix="look after the fan and the air of the card in {node}"
+)
 def test_card_is_cool_enough(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu, thermal = the_gpu(card, nvidia), guest.nvidia.thermal
     temperature = answered(gpu, "temperature_c", "its temperature")
@@ -153,8 +161,10 @@ def test_card_is_cool_enough(guest: Guest, card: Card, nvidia: Observation, seen
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.thermal", fix=DEPLOY)
-def test_temperature_is_watched_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.gpu.thermal", "nvidia.thermal", fix=DEPLOY)
+def test_temperature_is_watched_as_declared(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     unit, wanted = nvidia["units"]["gpulab-gpu-thermal.service"], guest.nvidia.thermal is not None
     running = unit["active"] == "active"
@@ -165,11 +175,14 @@ def test_temperature_is_watched_as_declared(guest: Guest, card: Card, nvidia: Ob
     assert not wanted or unit["enabled"] == "enabled", (
         f"{guest.name}: gpulab-gpu-thermal.service is {unit['enabled']}, expected enabled at the next boot"
     )
+    seen(unit["active"] or "no unit")
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.settings", fix=DEPLOY)
-def test_card_is_set_again_at_the_next_boot(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_card_is_set_again_at_the_next_boot(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     unit = nvidia["units"]["gpulab-gpu-settings.service"]
     assert unit["enabled"] == "enabled", (
@@ -177,10 +190,11 @@ def test_card_is_set_again_at_the_next_boot(guest: Guest, card: Card, nvidia: Ob
         "no setting of the card outlives a boot by itself"
     )
     assert unit["active"] != "failed", f"{guest.name}: gpulab-gpu-settings.service has failed at this boot"
+    seen("its unit is enabled")
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.power_limit", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.power_limit", "nvidia.power_limit_w", fix=SETTINGS)
 def test_power_limit_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     wanted = guest.nvidia.power_limit_w or answered(gpu, "power_default_w", "its default power limit")
@@ -195,7 +209,7 @@ def test_power_limit_is_as_declared(guest: Guest, card: Card, nvidia: Observatio
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.clocks", fix=SETTINGS)
+@pytest.mark.promise("nvidia.gpu.clocks", "nvidia.clocks", fix=SETTINGS)
 def test_clocks_are_locked_as_declared(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -214,7 +228,7 @@ def test_clocks_are_locked_as_declared(
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.ecc", fix="reboot {host}; then " + DEPLOY)
+@pytest.mark.promise("nvidia.gpu.ecc", "nvidia.ecc", fix="reboot {host}; then " + DEPLOY)
 def test_ecc_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu, wanted = the_gpu(card, nvidia), guest.nvidia.ecc
     if wanted is None:
@@ -223,11 +237,14 @@ def test_ecc_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen:
     mode = bool(answered(gpu, "ecc", "its ECC mode"))
     waits = " (it changes with the next reboot)" if gpu["ecc_pending"] == wanted else ""
     assert mode == wanted, f"{guest.name}: ECC of {gpu['name']} is {on(mode)}{waits}, expected {on(wanted)}"
+    seen(on(mode))
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.compute_mode", fix=SETTINGS)
-def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.gpu.compute_mode", "nvidia.sharing", fix=SETTINGS)
+def test_compute_mode_fits_the_way_of_sharing(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu, sharing = the_gpu(card, nvidia), guest.nvidia.sharing
     mode, wanted = answered(gpu, "compute_mode", "its compute mode"), EXCLUSIVE_PROCESS
     if sharing == "time-slice":
@@ -236,29 +253,36 @@ def test_compute_mode_fits_the_way_of_sharing(guest: Guest, card: Card, nvidia: 
         f"{guest.name}: compute mode of {gpu['name']} is {MODES.get(mode, mode)}, expected {MODES[wanted]} "
         f"for sharing by {sharing}"
     )
+    seen(MODES[wanted])
 
 
 @pytest.mark.minor
-@pytest.mark.promise("nvidia.gpu.accounting", fix=SETTINGS)
-def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.gpu.accounting", "nvidia.accounting", fix=SETTINGS)
+def test_accounting_is_as_declared(guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]) -> None:
     gpu = the_gpu(card, nvidia)
     mode, wanted = bool(answered(gpu, "accounting", "accounting mode")), guest.nvidia.accounting
     assert mode == wanted, f"{guest.name}: accounting mode of {gpu['name']} is {on(mode)}, expected {on(wanted)}"
+    seen(on(mode))
 
 
 @pytest.mark.major
-@pytest.mark.promise("nvidia.gpu.persistence", fix=DEPLOY)
-def test_persistence_mode_is_as_declared(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.gpu.persistence", "nvidia.persistence", fix=DEPLOY)
+def test_persistence_mode_is_as_declared(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     mode = bool(answered(gpu, "persistence", "persistence mode"))
     assert mode == guest.nvidia.persistence, (
         f"{guest.name}: persistence mode is {on(mode)}, expected {on(guest.nvidia.persistence)}"
     )
+    seen(on(mode))
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.memory_health", fix=REBOOT)
-def test_memory_of_the_card_is_sound(guest: Guest, card: Card, nvidia: Observation) -> None:
+def test_memory_of_the_card_is_sound(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     gpu = the_gpu(card, nvidia)
     if gpu["ecc"]:
         errors = answered(gpu, "ecc_uncorrected", "ECC errors")
@@ -268,15 +292,17 @@ def test_memory_of_the_card_is_sound(guest: Guest, card: Card, nvidia: Observati
         f"{guest.name}: {uncorrectable} remapped rows on {gpu['name']}, "
         f"{'a remapping failed' if failure else 'one waits for a reset'}; expected neither"
     )
+    seen(f"{uncorrectable} remapped rows")
 
 
 @pytest.mark.major
 @pytest.mark.promise("nvidia.gpu.xid", fix=STOP)
-def test_kernel_saw_no_error_of_the_card(guest: Guest, nvidia: Observation) -> None:
+def test_kernel_saw_no_error_of_the_card(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     if not nvidia["on_bus"] or not nvidia["nvml"]["gpus"]:
         not_run("the GPU is not visible")
     found = of_hardware(nvidia)
     assert not found, f"{guest.name}: the kernel log since boot has {found}, expected none of the hardware"
+    seen("none" if not nvidia["xids"] else f"of applications alone: {', '.join(map(str, nvidia['xids']))}")
 
 
 def of_hardware(nvidia: Observation) -> str:

@@ -22,8 +22,10 @@ RESTART = "systemctl restart gpulab-mps on {host}; then " + DEPLOY
 
 @pytest.mark.on("mps")
 @pytest.mark.critical
-@pytest.mark.promise("nvidia.mps.daemon", fix=DEPLOY)
-def test_mps_answers_and_comes_back_after_a_boot(guest: Guest, card: Card, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.mps.daemon", "nvidia.sharing", fix=DEPLOY)
+def test_mps_answers_and_comes_back_after_a_boot(
+    guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
+) -> None:
     the_gpu(card, nvidia)
     mps, unit = nvidia["mps"], nvidia["units"]["gpulab-mps.service"]
     assert mps is not None, f"{guest.name}: nvidia-cuda-mps-control is not installed"
@@ -33,11 +35,14 @@ def test_mps_answers_and_comes_back_after_a_boot(guest: Guest, card: Card, nvidi
     assert unit["enabled"] == "enabled", (
         f"{guest.name}: gpulab-mps.service is {unit['enabled'] or 'absent'}, expected enabled"
     )
+    seen("it answers, and its unit is enabled")
 
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.limits", fix=DEPLOY)
+@pytest.mark.promise(
+    "nvidia.mps.limits", "nvidia.mps.active_thread_percentage", "nvidia.mps.pinned_memory_limit_mib", fix=DEPLOY
+)
 def test_mps_keeps_the_declared_limits(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -57,7 +62,7 @@ def test_mps_keeps_the_declared_limits(
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.server", fix=RESTART)
+@pytest.mark.promise("nvidia.mps.server", "nvidia.service_uid", fix=RESTART)
 def test_server_of_the_service_user_runs(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -77,7 +82,7 @@ def test_server_of_the_service_user_runs(
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.closed", fix=DEPLOY)
+@pytest.mark.promise("nvidia.mps.closed", "nvidia.service_uid", fix=DEPLOY)
 def test_stranger_is_refused_at_once(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -93,7 +98,9 @@ def test_stranger_is_refused_at_once(
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.tenants", fix=DEPLOY)
+@pytest.mark.promise(
+    "nvidia.mps.tenants", "tenants.active_thread_percentage", "tenants.memory_limit_mib", "tenants.priority", fix=DEPLOY
+)
 def test_tenants_have_their_profiles(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     found = nvidia["tenants"]
     wanted = {tenant.name: dict(client(guest, tenant).environment) for tenant in guest.tenants}
@@ -115,7 +122,9 @@ def differs(key: str, wanted: dict[str, dict[str, str]], found: dict[str, dict[s
 
 @pytest.mark.on("mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.uid", fix="end these processes on {host}; containers of ours: " + DEPLOY)
+@pytest.mark.promise(
+    "nvidia.mps.uid", "nvidia.service_uid", fix="end these processes on {host}; containers of ours: " + DEPLOY
+)
 def test_every_client_runs_as_the_service_user(
     guest: Guest, card: Card, nvidia: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -133,8 +142,8 @@ def ours(guest: Guest, user: dict[str, Any]) -> bool:
 
 @pytest.mark.on("no_mps")
 @pytest.mark.major
-@pytest.mark.promise("nvidia.mps.off", fix=DEPLOY)
-def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation) -> None:
+@pytest.mark.promise("nvidia.mps.off", "nvidia.sharing", fix=DEPLOY)
+def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation, seen: Callable[[str], None]) -> None:
     daemons = (nvidia["mps"] or {"daemons": []})["daemons"]
     assert not daemons, (
         f"{guest.name}: an MPS control daemon runs (pid {daemons[0]}), expected none with sharing by "
@@ -142,6 +151,7 @@ def test_no_mps_daemon_runs(guest: Guest, nvidia: Observation) -> None:
     )
     unit = nvidia["units"]["gpulab-mps.service"]
     assert unit["enabled"] != "enabled", f"{guest.name}: gpulab-mps.service is enabled, expected none"
+    seen("none")
 
 
 def answering(card: Card, nvidia: Observation) -> dict[str, Any]:

@@ -1,108 +1,54 @@
 # SPDX-License-Identifier: MIT
-"""The report of a run: one JSON file for programs and one self-contained HTML file for people."""
+"""The reports of a run: a page for people, and JSON, JUnit XML and metrics for programs. docs/verify.md lists them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from inventory import GpulabError
 from inventory.secrets import Secrets
-from verify.verdicts import Result, Severity, Verdict, count
+from verify.report import history
+from verify.report.history import Changes
+from verify.report.outputs import json_lines, junit, prometheus
+from verify.report.page import html
+from verify.report.run import Figure, Run
+
+__all__ = ["Figure", "Run", "html", "masked", "revision", "secret_words", "write"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A whole verify run. `began`: seconds since the epoch; `simulated`: what the inventory says stands in."""
+def write(run: Run, folder: Path, states: Iterable[Path]) -> tuple[Run, Changes | None]:
+    """Write the reports into `folder` and keep the run; secrets kept in `states` are masked, should one be in a text.
 
-    lab: str
-    file: str
-    began: float
-    duration_s: float
-    revision: str
-    exit_status: int
-    results: list[Result]
-    limits: tuple[str, ...] = ()
-    simulated: list[str] = field(default_factory=list)
-    #: Real guests whose `expected_not_run` is not empty: it excuses nothing.
-    unexcused: list[str] = field(default_factory=list)
-    #: Where it was written.
-    folder: Path | None = None
-
-    @property
-    def when(self) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.began))
-
-    @property
-    def stand_ins(self) -> list[str]:
-        """Everything that stood in for the real thing, declared or seen."""
-        return sorted({*self.simulated, *(result.simulated for result in self.results if result.simulated)})
-
-    def of(self, verdict: Verdict) -> list[Result]:
-        """The results of that verdict, the most severe first."""
-        levels = list(Severity)
-        found = [result for result in self.results if result.verdict is verdict]
-        return sorted(found, key=lambda result: levels.index(result.severity))
-
-    def as_json(self) -> dict[str, Any]:
-        """What verify.json holds."""
-        return {
-            "lab": self.lab,
-            "file": self.file,
-            "when": self.when,
-            "duration_s": round(self.duration_s, 3),
-            "revision": self.revision,
-            "limit": list(self.limits),
-            "simulated": self.stand_ins,
-            "exit_status": self.exit_status,
-            "checks": len(self.results),
-            "passed": count(self.results, Verdict.PASS),
-            "failed": count(self.results, Verdict.FAIL),
-            "inconclusive": count(self.results, Verdict.INCONCLUSIVE),
-            "not_run": count(self.results, Verdict.NOT_RUN),
-            "expected_not_run": sorted({result.id for result in self.results if result.expected}),
-            "results": [dataclasses.asdict(result) for result in self.results],
-        }
-
-
-def write(run: Run, folder: Path, states: Iterable[Path]) -> Run:
-    """Write verify.json and index.html into `folder`; secrets kept in `states` are masked, should one be in a message.
-
-    Returns the run as it was written.
+    A run of chosen checks leaves the metrics of the last whole run as they are. Returns the run as it was written,
+    and what is new since the one before.
     """
-    hidden = secret_words(states)
-    results = [
-        dataclasses.replace(result, message=masked(result.message, hidden), fix=masked(result.fix, hidden))
-        for result in run.results
-    ]
-    run = dataclasses.replace(run, results=results, folder=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verify.json").write_text(json.dumps(run.as_json(), indent=2) + "\n")
-    (folder / "index.html").write_text(html(run))
-    return run
+    run = without_secrets(dataclasses.replace(run, folder=folder), secret_words(states))
+    past = history.earlier(folder, run.selection)
+    since = history.changes(past[0], run) if past else None
+    place = history.place(folder, run.began)
+    put(folder / "verify.json", json.dumps(run.as_json(), indent=2) + "\n")
+    put(folder / "index.html", html(run, since, history.failing_since(run, past)))
+    put(folder / "results.jsonl", json_lines(run))
+    put(folder / "junit.xml", junit(run))
+    if not run.selection:
+        put(folder / "verify.prom", prometheus(run))
+    for name in ("verify.json", "index.html"):
+        shutil.copyfile(folder / name, place / name)
+    return run, since
 
 
-def html(run: Run) -> str:
-    """The page: no script, no outside asset, readable without colour."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    hosts: dict[str, dict[str, list[Result]]] = {}
-    for result in run.results:
-        hosts.setdefault(result.host, {}).setdefault(result.subject, []).append(result)
-    return environment.get_template("index.html.j2").render(run=run, counts=run.as_json(), hosts=hosts)
+def put(path: Path, text: str) -> None:
+    """Write the file in one step: who reads it has the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text)
+    new.replace(path)
 
 
 def revision(root: Path) -> str:
@@ -117,6 +63,26 @@ def revision(root: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip()
+
+
+def without_secrets(run: Run, secrets: list[str]) -> Run:
+    """The run with every text of it masked."""
+    results = [
+        dataclasses.replace(
+            result,
+            message=masked(result.message, secrets),
+            fix=masked(result.fix, secrets),
+            promise=masked(result.promise, secrets),
+            waiver=masked(result.waiver, secrets),
+        )
+        for result in run.results
+    ]
+    facts = {host: {name: masked(told, secrets) for name, told in each.items()} for host, each in run.facts.items()}
+    figures = [
+        Figure(*(masked(text, secrets) for text in (figure.title, figure.svg, figure.note))) for figure in run.figures
+    ]
+    needless = [masked(line, secrets) for line in run.needless]
+    return dataclasses.replace(run, results=results, facts=facts, figures=figures, needless=needless)
 
 
 def secret_words(states: Iterable[Path]) -> list[str]:

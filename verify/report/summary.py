@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from verify.report import Run
-from verify.verdicts import FAILED, PASSED, Result, Verdict
+from verify.report.history import Changes
+from verify.report.run import Run
+from verify.verdicts import Result, Verdict
 
 
-def lines(run: Run) -> list[str]:
-    """The summary, ready to print."""
+def lines(run: Run, since: Changes | None = None) -> list[str]:
+    """The summary, ready to print; with what is new `since` an earlier run."""
     found = []
     for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
         for result in run.of(verdict):
@@ -26,15 +27,34 @@ def lines(run: Run) -> list[str]:
         found.append(f"expected not to run: {words}")
     for guest in run.unexcused:
         found.append(f"{guest}: expected_not_run excuses nothing here, since {guest} is not simulated")
+    for result in run.of(Verdict.WAIVED):
+        found += [f"WAIVED {result.id} [{result.severity.value}] {result.host} ({result.waiver})"]
+        found += [f"    {line}" for line in result.message.splitlines()]
+    found += [f"no longer needed, its check passed: the waiver of {line}" for line in run.needless]
+    found += news(since) if since is not None else []
     counts = run.as_json()
-    word = {PASSED: "PASS", FAILED: "FAIL"}.get(run.exit_status, "INCOMPLETE")
     parts = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("passed", "failed", "inconclusive", "not_run")]
-    found.append(f"verify: {word}: {counts['checks']} checks: {', '.join(parts)} in {run.duration_s:.1f} s")
+    parts += [f"{counts['waived']} waived"] if counts["waived"] else []
+    found.append(f"verify: {run.word}: {counts['checks']} checks: {', '.join(parts)} in {run.duration_s:.1f} s")
     for stand_in in run.stand_ins:
         found.append(f"simulated: {stand_in}")
     if run.folder is not None:
         found.append(f"report: {run.folder / 'index.html'}")
     return found
+
+
+def news(since: Changes) -> list[str]:
+    """What changed, a line for each kind of change; none when nothing did."""
+    kinds = [
+        ("new failures", [f"{each.id} on {each.host}" for each in since.broken]),
+        ("healed", [f"{each.id} on {each.host}" for each in since.healed]),
+        ("changed", [f"{now.id} on {now.host} ({was.value}, now {now.verdict.value})" for was, now in since.other]),
+        ("not checked then", [f"{each.id} on {each.host}" for each in since.added]),
+        ("no longer checked", [f"{each.id} on {each.host}" for each in since.gone]),
+        ("found", [f"{host} {name} {old}, now {new}".strip() for host, name, old, new in since.facts]),
+    ]
+    told = [f"    {kind}: {', '.join(each)}" for kind, each in kinds if each]
+    return [f"since {since.before.when}:", *told] if told else []
 
 
 def entry(result: Result) -> list[str]:

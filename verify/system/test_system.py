@@ -20,17 +20,19 @@ GIB = 2**30
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.reachable", fix=DEPLOY)
-def test_guest_answers_ssh_with_its_pinned_key(reach: Observation) -> None:
+@pytest.mark.promise("system.reachable", "ssh_hostname", fix=DEPLOY)
+def test_guest_answers_ssh_with_its_pinned_key(reach: Observation, seen: Callable[[str], None]) -> None:
     if reach["error"]:
         raise Broken(reach["error"], reach["fix"])
+    seen("it answers")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.address", fix=DEPLOY)
-def test_guest_has_its_address(guest: Guest, system: Observation) -> None:
+@pytest.mark.promise("system.address", "address", fix=DEPLOY)
+def test_guest_has_its_address(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     wanted, found = str(guest.address), system["addresses"]
     assert wanted in found, f"{guest.name}: addresses {', '.join(found) or '(none)'}, expected {wanted}"
+    seen(wanted)
 
 
 @pytest.mark.major
@@ -47,7 +49,7 @@ def test_clock_agrees_with_ours(guest: Guest, system: Observation, seen: Callabl
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.data_disk", fix=DEPLOY)
+@pytest.mark.promise("system.data_disk", "data_disk.mount", fix=DEPLOY)
 def test_data_disk_is_mounted_from_a_disk_of_its_own(
     guest: Guest, system: Observation, seen: Callable[[str], None]
 ) -> None:
@@ -60,8 +62,10 @@ def test_data_disk_is_mounted_from_a_disk_of_its_own(
 
 
 @pytest.mark.critical
-@pytest.mark.promise("system.data_disk.beneath", fix=DEPLOY)
-def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: Observation) -> None:
+@pytest.mark.promise("system.data_disk.beneath", "data_disk.mount", fix=DEPLOY)
+def test_nothing_can_be_written_in_place_of_the_data_disk(
+    guest: Guest, system: Observation, seen: Callable[[str], None]
+) -> None:
     mount, beneath = guest.data_disk.mount, system["data"]["beneath"]
     assert beneath is not None, f"{guest.name}: {mount}: no such folder on the system disk, expected a mount point"
     assert not beneath["entries"], (
@@ -73,19 +77,23 @@ def test_nothing_can_be_written_in_place_of_the_data_disk(guest: Guest, system: 
     assert beneath["immutable"], (
         f"{guest.name}: {mount} on the system disk can be written to while the data disk is away, expected immutable"
     )
+    seen("empty and immutable")
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.data_disk.size", fix=DEPLOY)
-def test_data_disk_has_its_size(guest: Guest, system: Observation) -> None:
+@pytest.mark.promise("system.data_disk.size", "data_disk.size_gib", fix=DEPLOY)
+def test_data_disk_has_its_size(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     size = mounted(guest, system)["size_bytes"]
     wanted = guest.data_disk.size_gib
     assert size >= wanted * GIB, f"{guest.name}: the data disk has {size / GIB:.1f} GiB, expected {wanted} GiB"
+    seen(f"{size / GIB:.1f} GiB")
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.data_disk.fstab", fix=DEPLOY)
-def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Observation) -> None:
+@pytest.mark.promise("system.data_disk.fstab", "data_disk.mount", fix=DEPLOY)
+def test_data_disk_is_mounted_again_at_the_next_boot(
+    guest: Guest, system: Observation, seen: Callable[[str], None]
+) -> None:
     field, mount = system["data"]["fstab"], guest.data_disk.mount
     assert field is not None, f"{guest.name}: /etc/fstab mounts nothing at {mount}: the next boot will not"
     assert field.startswith("UUID="), (
@@ -96,17 +104,19 @@ def test_data_disk_is_mounted_again_at_the_next_boot(guest: Guest, system: Obser
         assert field.removeprefix("UUID=").strip('"') == data["uuid"], (
             f"{guest.name}: /etc/fstab mounts {field} at {mount}, expected UUID={data['uuid']}, which is there now"
         )
+    seen(field)
 
 
 @pytest.mark.minor
-@pytest.mark.promise("system.packages", fix=DEPLOY)
-def test_base_packages_are_installed(guest: Guest, system: Observation) -> None:
+@pytest.mark.promise("system.packages", "distribution", fix=DEPLOY)
+def test_base_packages_are_installed(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     missing = [name for name in guest.packages.base if name not in system["packages"]]
     assert not missing, f"{guest.name}: not installed: {', '.join(missing)}"
+    seen(f"{len(guest.packages.base)} packages")
 
 
 @pytest.mark.major
-@pytest.mark.promise("system.security_upgrades", fix=DEPLOY)
+@pytest.mark.promise("system.security_upgrades", "security_upgrades", fix=DEPLOY)
 def test_security_upgrades_are_as_declared(guest: Guest, system: Observation, seen: Callable[[str], None]) -> None:
     upgrades, there = system["upgrades"], "unattended-upgrades" in system["packages"]
     if not guest.security_upgrades:

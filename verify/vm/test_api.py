@@ -16,7 +16,7 @@ pytestmark = pytest.mark.on("apis")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.api.reachable", fix="make bootstrap LAB={lab}")
+@pytest.mark.promise("vm.api.reachable", "api_host", "api.user", "api.token_name", fix="make bootstrap LAB={lab}")
 def test_api_takes_the_token_over_checked_tls(node: Node, api: Observation, seen: Callable[[str], None]) -> None:
     assert not api["error"], api["error"]
     seen(f"{node.name}: Proxmox VE {api['version']}")
@@ -24,7 +24,9 @@ def test_api_takes_the_token_over_checked_tls(node: Node, api: Observation, seen
 
 @pytest.mark.minor
 @pytest.mark.promise("vm.undeclared", fix="on {host}: qm config ID says what it is; declare it, or remove it by hand")
-def test_node_has_no_vm_of_ours_that_nobody_declares(lab: Lab, node: Node, api: Observation) -> None:
+def test_node_has_no_vm_of_ours_that_nobody_declares(
+    lab: Lab, node: Node, api: Observation, seen: Callable[[str], None]
+) -> None:
     if api["error"]:
         not_run(api["state"])
     declared = {guest.vmid for guest in lab.guests.values() if guest.node == node.name}
@@ -35,3 +37,4 @@ def test_node_has_no_vm_of_ours_that_nobody_declares(lab: Lab, node: Node, api: 
     ]
     told = f"{node.name}: with our tag and not in the inventory: {', '.join(strange)}"
     assert not strange, f"{told}; a keeper holds data disks, a restored VM is a test's"
+    seen(f"none among {len(api['vms'])} VMs")

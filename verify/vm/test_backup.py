@@ -20,7 +20,7 @@ TAKE = "pyinfra {lab} -y --limit {host} operations.proxmox.backup.taken name='Ta
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.backup.job", fix=DEPLOY)
+@pytest.mark.promise("vm.backup.job", "backup.schedule", "backup.storage", "backup.mode", "backup.keep", fix=DEPLOY)
 def test_backups_are_scheduled_as_declared(guest: Guest, backup: Observation, seen: Callable[[str], None]) -> None:
     wanted, name = declared(guest), f"gpulab-{guest.name}"
     job = backup["job"]
@@ -46,7 +46,7 @@ def test_backups_are_scheduled_as_declared(guest: Guest, backup: Observation, se
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.backup.age", fix=TAKE)
+@pytest.mark.promise("vm.backup.age", "backup.max_age_h", fix=TAKE)
 def test_newest_backup_is_young_enough(guest: Guest, backup: Observation, seen: Callable[[str], None]) -> None:
     wanted = declared(guest)
     if backup["error"]:

@@ -23,47 +23,52 @@ REBUILD = "gpulab-rebuild"
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.exists", fix=DEPLOY)
-def test_vm_is_there_and_ours(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.exists", "vmid", "node", fix=DEPLOY)
+def test_vm_is_there_and_ours(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     assert vm["exists"], f"{guest.name}: {guest.node} has no VM {guest.vmid}"
     tags = re.split(r"[;, ]+", str(vm["config"].get("tags", "")))
     assert TAG in tags, f"{guest.name}: VM {guest.vmid} has the tags {', '.join(tags) or '(none)'}, expected {TAG}"
+    seen(f"VM {guest.vmid}, tags {', '.join(tags)}")
 
 
 @pytest.mark.critical
-@pytest.mark.promise("vm.running", fix=DEPLOY)
-def test_vm_runs(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.running", "vmid", fix=DEPLOY)
+def test_vm_runs(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     config(guest, vm)
     assert vm["status"] == "running", f"{guest.name}: VM {guest.vmid} is {vm['status']}, expected running"
+    seen(vm["status"])
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cores", fix=DEPLOY)
-def test_vm_has_its_cores(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.cores", "cores", fix=DEPLOY)
+def test_vm_has_its_cores(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     cores = int(keys.get("cores", 1)) * int(keys.get("sockets", 1))
     assert cores == guest.cores, f"{guest.name}: {cores} cores, expected {guest.cores}"
+    seen(f"{cores} cores")
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.memory", fix=DEPLOY)
-def test_vm_has_its_memory(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.memory", "memory_mib", fix=DEPLOY)
+def test_vm_has_its_memory(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     memory = options(str(config(guest, vm).get("memory", 512)))
     mib = int(memory.get("current", memory.get("", "0")))
     assert mib == guest.memory_mib, f"{guest.name}: {mib} MiB of memory, expected {guest.memory_mib}"
+    seen(f"{mib} MiB")
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.machine", fix=DEPLOY)
-def test_vm_is_a_q35_machine(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.machine", "machine", fix=DEPLOY)
+def test_vm_is_a_q35_machine(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     machine = str(config(guest, vm).get("machine", "(PVE's default, i440fx)"))
     type_ = options(machine).get("type", options(machine).get(""))
     assert type_ == guest.machine, f"{guest.name}: machine {machine}, expected {guest.machine}: PCI Express needs q35"
+    seen(machine)
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.gpu", fix=DEPLOY)
-def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.gpu", "gpu", fix=DEPLOY)
+def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     given = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"hostpci[0-9]+", key)}
     shown = ", ".join(f"{key}={value}" for key, value in given.items()) or "no hostpci"
     if guest.gpu is None:
@@ -73,36 +78,39 @@ def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation) -> None
     assert list(given) == ["hostpci0"], f"{guest.name}: {shown}; expected exactly {wanted}"
     found = options(given["hostpci0"])
     assert (found.get("mapping"), found.get("pcie")) == (guest.gpu, "1"), f"{guest.name}: {shown}; expected {wanted}"
+    seen(shown)
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.onboot", fix=DEPLOY)
-def test_vm_starts_with_its_node_as_declared(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.onboot", "onboot", fix=DEPLOY)
+def test_vm_starts_with_its_node_as_declared(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     onboot = bool(int(config(guest, vm).get("onboot", 0)))
     assert onboot == guest.onboot, f"{guest.name}: onboot is {onboot}, expected {guest.onboot}"
+    seen("it does" if onboot else "it does not")
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.network", fix=DEPLOY)
-def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.network", "bridge", "networks", fix=DEPLOY)
+def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"net[0-9]+", key)}
     expected = [f"net{number}" for number in range(len(guest.cards))]
     assert sorted(keys) == expected, f"{guest.name}: {', '.join(sorted(keys)) or 'no card'}, expected {expected}"
     for key, card in zip(expected, guest.cards, strict=True):
         found = options(keys[key])
         for option, wanted in (("bridge", card.bridge), ("tag", card.vlan), ("mtu", card.mtu)):
-            seen = found.get(option)
-            told = f"{guest.name}: {key}: {option} {seen or '(none)'}, expected {wanted or 'none'}"
-            assert seen == (None if wanted is None else str(wanted)), told
+            value = found.get(option)
+            told = f"{guest.name}: {key}: {option} {value or '(none)'}, expected {wanted or 'none'}"
+            assert value == (None if wanted is None else str(wanted)), told
         mac = found.get("virtio", "no virtio card").lower()
         assert card.mac in (None, mac) or card.mac.lower() == mac, (
             f"{guest.name}: {key}: MAC {mac}, expected {card.mac}"
         )
+    seen("; ".join(f"{key}={value}" for key, value in keys.items()))
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cloudinit", fix=DEPLOY)
-def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.cloudinit", "address", "gateway", "nameserver", "searchdomain", fix=DEPLOY)
+def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     for number, card in enumerate(guest.cards):
         found = options(str(keys.get(f"ipconfig{number}", "ip=dhcp")))
@@ -115,21 +123,24 @@ def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation) -
         assert servers == wanted_servers, f"{guest.name}: nameserver {servers}, expected {wanted_servers}"
     domain = keys.get("searchdomain")
     assert guest.searchdomain in (None, domain), f"{guest.name}: searchdomain {domain}, expected {guest.searchdomain}"
+    seen(", ".join(str(keys.get(f"ipconfig{number}", "ip=dhcp")) for number in range(len(guest.cards))))
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cpu_type", fix=DEPLOY)
-def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.cpu_type", "cpu_type", fix=DEPLOY)
+def test_vm_has_its_type_of_cpu(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     found = options(str(config(guest, vm).get("cpu", "kvm64")))
     cpu = found.get("cputype", found.get(""))
     assert cpu == guest.cpu_type, f"{guest.name}: cpu {cpu}, expected {guest.cpu_type}"
+    seen(str(cpu))
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.numa", fix=DEPLOY)
-def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.numa", "numa", "numa_nodes", fix=DEPLOY)
+def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     if guest.numa is None and not guest.numa_nodes:
+        seen("none declared")
         return
     on = bool(int(keys.get("numa", 0)))
     assert on == (guest.numa is not False), f"{guest.name}: numa is {on}, expected {guest.numa is not False}"
@@ -140,11 +151,12 @@ def test_vm_has_its_numa_nodes(guest: Guest, vm: Observation) -> None:
         for number, each in enumerate(guest.numa_nodes)
     }
     assert found == wanted, f"{guest.name}: NUMA nodes {found}, expected {wanted}"
+    seen(f"{len(found)} NUMA nodes")
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.pinning", fix=DEPLOY)
-def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.pinning", "affinity", "hugepages", fix=DEPLOY)
+def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     affinity, pages = keys.get("affinity"), keys.get("hugepages")
     assert affinity == guest.affinity, (
@@ -154,32 +166,36 @@ def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation) -> None:
     assert (None if pages is None else str(pages)) == wanted, (
         f"{guest.name}: hugepages {pages or 'none'}, expected {wanted or 'none'}"
     )
+    seen(f"affinity {affinity or 'none'}, hugepages {pages or 'none'}")
 
 
 @pytest.mark.minor
-@pytest.mark.promise("vm.startup", fix=DEPLOY)
-def test_vm_starts_in_its_order(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.startup", "startup", fix=DEPLOY)
+def test_vm_starts_in_its_order(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     if guest.startup is None:
+        seen("none declared")
         return
     text = str(config(guest, vm).get("startup", ""))
     found = options(text)
     wanted = {"order": guest.startup.order, "up": guest.startup.up_s, "down": guest.startup.down_s}
-    seen = {"order": found.get("order", found.get("")) or None, "up": found.get("up"), "down": found.get("down")}
-    assert seen == {key: None if value is None else str(value) for key, value in wanted.items()}, (
+    declared = {"order": found.get("order", found.get("")) or None, "up": found.get("up"), "down": found.get("down")}
+    assert declared == {key: None if value is None else str(value) for key, value in wanted.items()}, (
         f"{guest.name}: startup {text or 'none'}, expected {wanted}"
     )
+    seen(text)
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.protection", fix=DEPLOY)
-def test_vm_is_protected_as_declared(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.protection", "protection", fix=DEPLOY)
+def test_vm_is_protected_as_declared(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     found = bool(int(config(guest, vm).get("protection", 0)))
     assert found == guest.protection, f"{guest.name}: protection is {found}, expected {guest.protection}"
+    seen("it is" if found else "it is not")
 
 
 @pytest.mark.minor
-@pytest.mark.promise("vm.labels", fix=DEPLOY)
-def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation) -> None:
+@pytest.mark.promise("vm.labels", "tags", "description", fix=DEPLOY)
+def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     # Our own tag is what vm.exists is about.
     tags = sorted(set(filter(None, re.split(r"[;, ]+", str(keys.get("tags", ""))))) - {TAG})
@@ -191,10 +207,11 @@ def test_vm_carries_its_tags_and_description(guest: Guest, vm: Observation) -> N
         assert "\n".join(lines).rstrip() == guest.description.rstrip(), (
             f"{guest.name}: description {' '.join(lines)!r}, expected {guest.description!r}"
         )
+    seen(f"tags {', '.join(tags) or 'none'}")
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.disks", fix=DEPLOY)
+@pytest.mark.promise("vm.disks", "system_disk_gib", "data_disk.size_gib", fix=DEPLOY)
 def test_vm_has_both_disks_in_their_sizes(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     told = []
     for key, name, wanted in (
@@ -209,9 +226,9 @@ def test_vm_has_both_disks_in_their_sizes(guest: Guest, vm: Observation, seen: C
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.mapping", fix=DEPLOY)
+@pytest.mark.promise("vm.mapping", "gpu", fix=DEPLOY)
 def test_mapping_leads_to_the_declared_card(
-    guest: Guest, node: Node, vm: Observation, pci_tree: Callable[[], Observation]
+    guest: Guest, node: Node, vm: Observation, pci_tree: Callable[[], Observation], seen: Callable[[str], None]
 ) -> None:
     config(guest, vm)
     if guest.gpu is None:
@@ -231,13 +248,15 @@ def test_mapping_leads_to_the_declared_card(
     places = {part.partition(".")[0] for part in path.split(";")}
     assert places == {wanted}, f"{guest.name}: mapping {guest.gpu} leads to {path} on {node.name}, expected {wanted}"
     assert id_ == device.id, f"{guest.name}: mapping {guest.gpu} is for {id_}, expected {device.id}"
+    seen(f"{path} on {node.name}")
 
 
 @pytest.mark.minor
 @pytest.mark.promise("vm.pending", fix=DEPLOY)
-def test_no_change_waits_for_a_restart(guest: Guest, vm: Observation) -> None:
+def test_no_change_waits_for_a_restart(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     config(guest, vm)
     assert not vm["pending"], f"{guest.name}: changes wait for a restart: {', '.join(vm['pending'])}"
+    seen("none")
 
 
 def config(guest: Guest, vm: Observation) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""What changed since the last run: kept runs, comparison, and the list that `make report` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.verify.healthy import Doctored, healthy, lab_file, verify
+from tests.verify.test_page import recorded
+from verify.report import history, write
+from verify.report.__main__ import main
+from verify.report.run import Run
+from verify.verdicts import Result, Severity, Verdict
+
+
+def result(id_: str, verdict: Verdict = Verdict.PASS) -> Result:
+    return Result(id_, "gpu01", "a", Severity.MAJOR, verdict)
+
+
+def run_of(*results: Result, began: float = 1_795_942_977, **keys: object) -> Run:
+    return replace(recorded("now"), results=list(results), began=began, facts={}, **keys)  # type: ignore[arg-type]
+
+
+def ids(results: list[Result]) -> list[str]:
+    return [each.id for each in results]
+
+
+def test_changes_are_told_by_kind() -> None:
+    fail, inconclusive, not_run, waived = Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.NOT_RUN, Verdict.WAIVED
+    before = [
+        result("same"),
+        result("breaks"),
+        result("heals", fail),
+        result("stays", fail),
+        result("stops"),
+        result("goes"),
+    ]
+    before += [result("unclear", inconclusive), result("accepted", fail)]
+    now = [result("same"), result("breaks", fail), result("heals"), result("stays", fail), result("stops", not_run)]
+    now += [result("comes"), result("unclear", fail), result("accepted", waived)]
+
+    found = history.changes(run_of(*before), run_of(*now))
+
+    assert (ids(found.broken), ids(found.healed)) == (["breaks"], ["heals"])
+    assert [(was.value, each.id) for was, each in found.other] == [
+        ("pass", "stops"),
+        ("inconclusive", "unclear"),
+        ("fail", "accepted"),
+    ]
+    assert (ids(found.added), ids(found.gone)) == (["comes"], ["goes"])
+
+
+def test_same_again_is_no_change() -> None:
+    assert not history.changes(run_of(result("a")), run_of(result("a")))
+
+
+def test_check_of_another_host_is_another_check() -> None:
+    other = replace(result("a", Verdict.FAIL), host="gpu02")
+
+    found = history.changes(run_of(result("a")), run_of(other))
+
+    assert (found.broken, ids(found.added), ids(found.gone)) == ([], ["a"], ["a"])
+
+
+def test_facts_and_revision_that_differ_are_told() -> None:
+    before = replace(run_of(revision="1"), facts={"gpu01": {"NVIDIA driver": "580.95.05", "kernel": "6.12"}})
+    now = replace(run_of(revision="2"), facts={"gpu01": {"NVIDIA driver": "580.105.08", "Ollama": "0.32"}, "gpu02": {}})
+
+    # What one of them does not know has not changed.
+    assert history.changes(before, now).facts == [
+        ("", "revision", "1", "2"),
+        ("gpu01", "NVIDIA driver", "580.95.05", "580.105.08"),
+    ]
+
+
+def test_failing_since_counts_back_to_the_last_good_run() -> None:
+    bad, waived, unknown = result("a", Verdict.FAIL), result("a", Verdict.WAIVED), result("a", Verdict.NOT_RUN)
+    past = [run_of(each, began=1_795_000_000 - hours * 3600) for hours, each in enumerate((bad, unknown, waived))]
+    past += [run_of(result("a"), began=1_700_000_000), run_of(bad, began=1_600_000_000)]
+
+    when, runs = history.failing_since(run_of(bad), past)["gpu01", "a"]
+
+    assert (when, runs) == (past[2].when, 3)
+
+
+def test_runs_are_kept_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "KEPT", 3)
+    foreign = tmp_path / "history/mine"
+    foreign.mkdir(parents=True)
+
+    for second in range(5):
+        write(run_of(result("a"), began=1_795_942_977 + second), tmp_path, [])
+
+    names = [path.name for path in history.kept(tmp_path)]
+    assert names == ["20261129T090301Z", "20261129T090300Z", "20261129T090259Z"]
+    assert foreign.exists()
+    assert {path.name for path in (tmp_path / "history" / names[0]).iterdir()} == {"verify.json", "index.html"}
+
+
+def test_two_runs_of_one_second_are_both_kept(tmp_path: Path) -> None:
+    for verdict in (Verdict.FAIL, Verdict.PASS):
+        _, since = write(run_of(result("a", verdict)), tmp_path, [])
+
+    assert [path.name for path in history.kept(tmp_path)] == ["20261129T090257Z-2", "20261129T090257Z"]
+    assert since is not None and ids(since.healed) == ["a"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"lab": "lab"}'])
+def test_kept_run_that_cannot_be_read_is_passed_over(tmp_path: Path, text: str) -> None:
+    write(run_of(result("a")), tmp_path, [])
+    (history.kept(tmp_path)[0] / "verify.json").write_text(text)
+
+    _, since = write(run_of(result("a")), tmp_path, [])
+
+    assert since is None
+
+
+def test_run_of_other_checks_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = lab_file(tmp_path)
+    broken = healthy()
+    broken["vm"]["config"]["cores"] = 4
+    verify(lab, plugin=Doctored(healthy()))
+
+    verify(lab, "-k", "vm.cores", plugin=Doctored(broken))
+    assert "since " not in capsys.readouterr().out
+
+    page = verify(lab, plugin=Doctored(broken)).html
+    said = capsys.readouterr().out
+    assert "    new failures: vm.cores on gpu01\n" in said
+    assert "New failures:" in page
+    assert json.loads((tmp_path / "report/verify.json").read_text())["selection"] == ""
+
+
+def test_list_shows_runs_and_compares_the_last_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(run_of(result("a"), began=1_795_942_977, revision="1", exit_status=0, simulated=[]), tmp_path, [])
+    write(run_of(result("a"), began=1_795_942_978, selection="-k a", exit_status=0), tmp_path, [])
+    write(run_of(result("a", Verdict.FAIL), began=1_795_942_979, revision="2", exit_status=1), tmp_path, [])
+
+    assert main([str(tmp_path)]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "20261129T090257Z    PASS        1 of 1 passed; revision 1"
+    assert "only -k a" in lines[1] and lines[1].endswith("; simulated")
+    assert lines[2].startswith("20261129T090259Z    FAIL        0 of 1 passed, 1 failed; revision 2")
+    assert lines[5:] == ["    new failures: a on gpu01", "    found: revision 1, now 2"]
+
+
+def test_list_compares_the_runs_that_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for second, verdict in enumerate((Verdict.PASS, Verdict.FAIL, Verdict.FAIL)):
+        write(run_of(result("a", verdict), began=1_795_942_977 + second), tmp_path, [])
+
+    assert main([str(tmp_path), "20261129T090258Z", "20261129T090257Z"]) == 0
+    assert capsys.readouterr().out.endswith("    healed: a on gpu01\n")
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("    no change\n")
+    assert main([str(tmp_path), "20261129T090258Z", "x"]) == 2
+    assert f"x: no such run in {tmp_path / 'history'}" in capsys.readouterr().err
+
+
+def test_list_of_nothing_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no runs are kept here\nhint: make verify\n"
