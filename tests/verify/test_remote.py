@@ -1236,3 +1236,83 @@ def test_guest_without_the_tools_says_so(tmp_path: Path) -> None:
     assert found["error"] == f"{tmp_path}/bin/python has no driver of Milvus"
     assert "refused" in found["health"]
     assert (found["strangers"], found["tenants"], found["profiles"]) == ({}, {}, None)
+
+
+# Ollama's models.
+
+
+class OllamaAnswers(http.server.BaseHTTPRequestHandler):
+    """As much of Ollama as loads models and takes them out again, a moment after it was told."""
+
+    loaded: set[str]
+    asked: list[dict[str, Any]]
+    leaving: bool
+    refuses: bool
+
+    def do_GET(self) -> None:
+        self.tell({"models": [{"name": name} for name in sorted(self.loaded)]})
+        if type(self).leaving:
+            self.loaded.clear()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(asked)
+        if self.refuses:
+            self.send_error(500)
+            return
+        if asked.get("keep_alive") == 0:
+            type(self).leaving = True
+        else:
+            self.loaded.add(f"{asked['model'].removesuffix(':latest')}:latest")
+        self.tell({"done": True})
+
+    def tell(self, what: Any) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(what).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def ollama() -> Iterator[tuple[type[OllamaAnswers], int]]:
+    class Answers(OllamaAnswers):
+        loaded, asked, leaving, refuses = set[str](), [], False, False
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Answers, server.server_port
+        server.shutdown()
+
+
+def test_model_that_nobody_had_loaded_is_taken_out_again(ollama: tuple[type[OllamaAnswers], int]) -> None:
+    """It would hold the card for minutes, and the benchmarks would find it in use."""
+    answers, port = ollama
+
+    found = containers.load_model(port, "tiny", 5)
+
+    assert found["ps"] == {"json": {"models": [{"name": "tiny:latest"}]}}
+    assert [each.get("keep_alive") for each in answers.asked] == [None, 0]
+    assert answers.loaded == set()
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:latest"])
+def test_model_that_somebody_had_loaded_stays(ollama: tuple[type[OllamaAnswers], int], name: str) -> None:
+    answers, port = ollama
+    answers.loaded.add("tiny:latest")
+
+    containers.load_model(port, name, 5)
+
+    assert [each.get("keep_alive") for each in answers.asked] == [None]
+    assert answers.loaded == {"tiny:latest"}
+
+
+def test_model_that_does_not_load_is_not_taken_out(ollama: tuple[type[OllamaAnswers], int]) -> None:
+    answers, port = ollama
+    answers.refuses = True
+
+    found = containers.load_model(port, "tiny", 5)
+
+    assert "HTTP 500" in found["load"]["error"]
+    assert len(answers.asked) == 1

@@ -319,10 +319,30 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None, limit_s: float
         return {"error": str(error)}
 
 
+#: Seconds for Ollama to take a model out of memory.
+UNLOAD_S = 10.0
+
+
 def load_model(port: int, model: str, limit_s: float) -> dict[str, Any]:
-    """Load a model as an empty prompt does, and what then lies in memory."""
+    """Load a model as an empty prompt does, and what then lies in memory. It is left as it was found: a model that
+    nobody had loaded is taken out again, and the card is free for the benchmarks.
+    """
+    before = in_memory(port)
     loaded = ask(port, "/api/generate", {"model": model, "prompt": "", "stream": False}, limit_s)
-    return {"load": loaded, "ps": ask(port, "/api/ps"), "simulated": []}
+    found = {"load": loaded, "ps": ask(port, "/api/ps"), "simulated": []}
+    if "json" in loaded and model not in before:
+        ask(port, "/api/generate", {"model": model, "prompt": "", "stream": False, "keep_alive": 0})
+        end = time.monotonic() + UNLOAD_S
+        while model in in_memory(port) and time.monotonic() < end:
+            time.sleep(0.1)
+    return found
+
+
+def in_memory(port: int) -> set[str]:
+    """Models that Ollama has loaded, by the names that they were asked for with."""
+    answer = ask(port, "/api/ps").get("json")
+    names = [each["name"] for each in answer.get("models") or []] if isinstance(answer, dict) else []
+    return {name for full in names for name in (full, full.removesuffix(":latest"))}
 
 
 def healing(root: Path) -> dict[str, Any]:
