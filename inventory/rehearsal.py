@@ -80,8 +80,9 @@ guests = [
             ],
             "engine": _lab.get("engine", {}),
             "healing": {"interval_s": 5, "grace_s": 5},
-            # The simulated card runs no code, so MPS' server ends as soon as it starts; PyTorch is built for the CPU.
-            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda"],
+            # The simulated card runs no code, so MPS' server ends as soon as it starts, and there is nothing to
+            # measure; PyTorch is built for the CPU.
+            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda", "benchmarks.gpu.*"],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
             "services": {

@@ -518,7 +518,8 @@ class Guest(SshHost):
     healing: Healing | None = Healing()
     #: Where pip on this guest finds packages. None: pip's own default.
     python_index: PythonIndex | None = None
-    #: Check ids that are expected to be `not run` here. Empty for a lab of real hardware.
+    #: Check ids that are expected to be `not run` here; `benchmarks.*` is all that begin so. Empty for a lab of real
+    #: hardware.
     expected_not_run: list[str] = []
 
     @model_validator(mode="before")

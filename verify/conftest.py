@@ -6,10 +6,12 @@ pytest verify --lab inventory/lab.py [--limit gpu01] [-k nvidia.driver] [-m crit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ import inventory
 from inventory import GpulabError, Guest, Lab, Node
 from inventory.cards import Card
 from verify import waivers
+from verify.benchmarks import history
+from verify.benchmarks.contract import BadReport
+from verify.benchmarks.figures import figures
+from verify.benchmarks.measured import Measured, measured
 from verify.facts import facts
 from verify.observations import READER, Observation, Observations
 from verify.promises import promised, title_of
@@ -27,14 +33,17 @@ from verify.report import Run, revision, write
 from verify.report.history import Changes
 from verify.report.summary import lines
 from verify.selection import hosts_for, limited, parts_of
-from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, not_run
+from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, inconclusive, not_run
 from verify.waivers import Waiver
 
 #: Folders in the order in which a reader wants them: from the metal up.
-ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers")
+ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers", "benchmarks")
 ROOM = Path(__file__).parent
 #: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
-PARTS = ("service", "by_token", "share")
+PARTS = ("service", "by_token", "share", "figure")
+#: The subject whose read takes so long that the terminal says so, and for how many seconds.
+SLOW = "gpubench"
+TAKES_S = {"quick": 20, "full": 120}
 
 LAB = pytest.StashKey[Lab]()
 CHOSEN = pytest.StashKey[Collection[str]]()
@@ -48,6 +57,10 @@ WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
 PROMISED = pytest.StashKey[str]()
+#: Each guest's benchmarks, with the observation that they were made of.
+MEASURED = pytest.StashKey[dict[str, tuple[Observation, Measured]]]()
+#: What is wrong with the histories of benchmarks, a line each.
+UNKEPT = pytest.StashKey[list[str]]()
 #: Set once everything that may be refused was not.
 READY = pytest.StashKey[bool]()
 #: Where a report carries its verdict to pytest_report_teststatus().
@@ -61,6 +74,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--data", metavar="KEY=VALUE", action="append", default=[], help="as pyinfra's --data; repeatable")
     group.addoption(
         "--disruptive", action="store_true", help="also run the checks that interrupt services, such as a restart"
+    )
+    group.addoption(
+        "--benchmarks",
+        choices=("off", "quick", "full"),
+        default="quick",
+        help="how much of the GPU benchmarks: none, under 20 s (default), or two minutes, as after a rebuild",
+    )
+    group.addoption(
+        "--quick", action="store_const", const="quick", dest="benchmarks", help="the same as --benchmarks quick"
+    )
+    group.addoption(
+        "--drain", action="store_true", help="stop a guest's services for its benchmarks, should the GPU be in use"
     )
     group.addoption("--report", metavar="DIR", help="where the report goes (default: reports/<name of the lab>)")
     group.addoption(
@@ -84,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except (GpulabError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[LAB], config.stash[CHOSEN] = lab, chosen
-    config.stash[RESULTS], config.stash[CHECKS] = {}, {}
+    config.stash[RESULTS], config.stash[CHECKS], config.stash[MEASURED] = {}, {}, {}
     config.stash[BEGAN] = time.time()
     # Our own summary says it better: without tracebacks and with what would heal each failure.
     if config.option.tbstyle == "auto":
@@ -134,6 +159,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("disruptive")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    if config.getoption("--benchmarks") == "off":
+        left_out = [item for item in items if SLOW in fixtures_of(item)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
@@ -162,7 +191,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
     if READER not in config.stash:
-        config.stash[READERS] = readers = Readers(config.stash[LAB])
+        effort, drain = config.getoption("--benchmarks"), config.getoption("--drain")
+        config.stash[READERS] = readers = Readers(config.stash[LAB], effort, drain)
         config.stash[READER], lane_of = readers.read, readers.lane
     wanted = {(host_of(item) or "", name) for item in session.items for name in fixtures_of(item) if name in SUBJECTS}
     config.stash[OBSERVATIONS] = Observations(config.stash[READER], lane_of)
@@ -213,6 +243,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     elif exitstatus == pytest.ExitCode.INTERRUPTED:
         session.exitstatus = INCOMPLETE
     lab, file = config.stash[LAB], Path(config.getoption("--lab"))
+    benchmarks = all_measured(config)
+    config.stash[UNKEPT] = keep(lab, benchmarks)
     run = Run(
         lab=file.stem,
         file=str(file),
@@ -223,6 +255,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         selection=selection(config),
         facts=facts(config.stash[OBSERVATIONS].known()),
         needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
+        figures=[figure for name, each in benchmarks.items() for figure in figures(name, each)],
         simulated=sorted({machine(lab, name).simulated for name in config.stash[CHOSEN]} - {""}),
         unexcused=unexcused(lab, config.stash[CHOSEN]),
         exit_status=int(session.exitstatus),
@@ -235,7 +268,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if RUN in config.stash:
         terminalreporter.write_line("")
-        for line in lines(*config.stash[RUN]):
+        for line in (*config.stash[UNKEPT], *lines(*config.stash[RUN])):
             terminalreporter.write_line(line)
 
 
@@ -277,7 +310,8 @@ def outcome(
     host, mark, level = machine(lab, name), promise(item), severity(item)
     assert mark is not None and level is not None  # pytest_collection_modifyitems refused all others
     places = {"lab": item.config.getoption("--lab"), "host": name, "node": getattr(host, "node", name), **part_of(item)}
-    expected = isinstance(host, Guest) and check_id(item) in host.expected_not_run and bool(host.simulated)
+    patterns = host.expected_not_run if isinstance(host, Guest) and host.simulated else []
+    expected = any(fnmatchcase(check_id(item), pattern) for pattern in patterns)
     observed = [value.simulated for value in getattr(item, "funcargs", {}).values() if isinstance(value, Observation)]
     return Result(
         id=check_id(item),
@@ -311,6 +345,7 @@ def selection(config: pytest.Config) -> str:
     # pyproject.toml has a -m for the tests of gpulab, which leaves out no check.
     if config.option.markexpr and config.option.markexpr not in config.getini("addopts"):
         words.append(f"-m '{config.option.markexpr}'")
+    words += ["--benchmarks off"] if config.getoption("--benchmarks") == "off" else []
     words += [f"--deselect {word}" for word in config.option.deselect or []]
     if not is_whole(config):
         words += [os.path.relpath(word, config.invocation_params.dir) for word in config.args]
@@ -415,15 +450,74 @@ def guest_sees_gpu(guest: Guest, nvidia: Observation) -> None:
 
 
 @pytest.fixture
+def benchmarks(pytestconfig: pytest.Config, guest: Guest, gpubench: Observation) -> Measured:
+    """The guest's benchmarks, judged."""
+    try:
+        return measured_of(pytestconfig, guest, gpubench)
+    except BadReport as error:
+        inconclusive(f"gpubench printed what is no report of it: {error}")
+
+
+@pytest.fixture
 def pci_tree(pytestconfig: pytest.Config, node: Node) -> Callable[[], Observation]:
     """Reads the node's PCI tree, for a check of its guest that cannot do without."""
     return lambda: pytestconfig.stash[OBSERVATIONS].get(node.name, "hypervisor")
+
+
+def measured_of(config: pytest.Config, guest: Guest, observation: Observation) -> Measured:
+    """What is made of that observation, once.
+
+    Raises:
+        BadReport: it is no report of gpubench.
+    """
+    known = config.stash[MEASURED]
+    if guest.name not in known or known[guest.name][0] is not observation:
+        path = history.file_of(config.stash[LAB], guest)
+        known[guest.name] = observation, measured(observation, path, revision(config.rootpath), guest.simulated)
+    return known[guest.name][1]
+
+
+def all_measured(config: pytest.Config) -> dict[str, Measured]:
+    """The benchmarks that this run made, by guest; also those that no check came to look at."""
+    found = {}
+    for (host, subject), observation in config.stash[OBSERVATIONS].known().items():
+        if subject == SLOW:
+            with contextlib.suppress(BadReport):
+                found[host] = measured_of(config, config.stash[LAB].guests[host], observation)
+    return found
+
+
+def keep(lab: Lab, benchmarks: Mapping[str, Measured]) -> list[str]:
+    """Add each run to its guest's history; lines about those that can't be read or written."""
+    notes = []
+    for name, each in benchmarks.items():
+        path = history.file_of(lab, lab.guests[name])
+        notes += each.runs.notes
+        try:
+            each.keep(path)
+        except OSError as error:
+            notes.append(f"{path}: {error.strerror or error}: these benchmarks are not kept")
+    return notes
+
+
+def say_now(config: pytest.Config, line: str) -> None:
+    """Print a line of its own amid the verdicts."""
+    reporter, capture = (config.pluginmanager.get_plugin(name) for name in ("terminalreporter", "capturemanager"))
+    if reporter is None:
+        return
+    with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+        reporter.ensure_newline()
+        reporter.write_line(line)
+        reporter.flush()
 
 
 def observation(subject: str) -> Callable[..., Observation]:
     """The fixture of a subject: what was read of the host, once a session."""
 
     def read(pytestconfig: pytest.Config, machine_name: str) -> Observation:
+        if subject == SLOW and pytestconfig.stash[OBSERVATIONS].awaits(machine_name, subject):
+            effort = pytestconfig.getoption("--benchmarks")
+            say_now(pytestconfig, f"{machine_name}: benchmarks, {effort}, about {TAKES_S[effort]} s")
         return pytestconfig.stash[OBSERVATIONS].get(machine_name, subject)
 
     return pytest.fixture(name=subject)(read)
@@ -444,3 +538,4 @@ engine_restart = observation("engine_restart")
 api = observation("api")
 vm = observation("vm")
 backup = observation("backup")
+gpubench = observation("gpubench")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import re
 import secrets
@@ -118,30 +119,40 @@ class Connection:
             Unreachable: no connection.
             Unreadable: the script did not end well within `limit_s` seconds without output.
         """
-        self.open()
+        what = f"{script.parent.name} of {self.machine.name}"
         command = ["python3", "-I", "-c", whole(script), json.dumps(arguments)]
+        stdin = b"" if secret is None else json.dumps(secret).encode()
+        status, stdout, stderr = self.run(what, command, stdin, limit_s)
+        if status != 0:
+            last = (stderr.strip().splitlines() or [f"exit status {status}"])[-1]
+            raise Unreadable(f"reading {what} failed: {last}")
+        try:
+            found: dict[str, Any] = json.loads(stdout)
+        except ValueError:
+            raise Unreadable(f"reading {what} gave no JSON: {stdout[:80]!r}") from None
+        return found
+
+    def run(self, what: str, command: list[str], stdin: bytes, limit_s: float) -> tuple[int, str, str]:
+        """Run a command on the host, as root; its exit status and what it printed on stdout and stderr. `what`: is
+        read, for errors.
+
+        Raises:
+            Unreachable, Unreadable: as `read`, but for the exit status.
+        """
+        self.open()
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
-        self._backend.limit_s = limit_s
-        self._backend.stdin = b"" if secret is None else json.dumps(secret).encode()
-        what = f"{script.parent.name} of {self.machine.name}"
+        self._backend.limit_s, self._backend.stdin = limit_s, stdin
         try:
             answer = self.host.run(shlex.join(command))
         except TimeoutError:
             raise Unreadable(f"reading {what} took more than {limit_s:.0f} s") from None
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise Unreadable(f"the connection broke while reading {what}: {error}") from error
-        if answer.rc != 0:
-            last = (answer.stderr.strip().splitlines() or [f"exit status {answer.rc}"])[-1]
-            raise Unreadable(f"reading {what} failed: {last}")
-        try:
-            found: dict[str, Any] = json.loads(answer.stdout)
-        except ValueError:
-            raise Unreadable(f"reading {what} gave no JSON: {answer.stdout[:80]!r}") from None
-        return found
+        return answer.rc, answer.stdout, answer.stderr
 
-    def send(self, file: Path) -> str:
-        """Copy a file into a new private folder below the host's /tmp and return that folder.
+    def send(self, name: str, text: bytes) -> str:
+        """Write a file of that name into a new private folder below the host's /tmp and return that folder.
 
         Raises:
             Unreachable, Unreadable: as `read`.
@@ -151,7 +162,7 @@ class Connection:
         try:
             with self._backend.client.open_sftp() as sftp:
                 sftp.mkdir(folder, 0o700)
-                sftp.put(str(file), f"{folder}/{file.name}", confirm=False)
+                sftp.putfo(io.BytesIO(text), f"{folder}/{name}", confirm=False)
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise Unreadable(f"{self.machine.name} takes no file by SFTP: {error}") from error
         return folder

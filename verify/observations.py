@@ -63,6 +63,11 @@ class Observations:
         except Unreadable as error:
             not_run(str(error))
 
+    def awaits(self, host: str, subject: str) -> bool:
+        """Would get() have to wait?"""
+        future = self._futures.get((host, subject))
+        return future is None or not future.done()
+
     def known(self) -> dict[tuple[str, str], Observation]:
         """All that has been read by now, by host and subject."""
         done = {key: future for key, future in self._futures.items() if future.done() and not future.cancelled()}

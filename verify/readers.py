@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from inventory.packages import TOOLKIT
 from inventory.secrets import Secrets
 from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
+from verify.benchmarks import program
 from verify.containers import access, indexes
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.vm.api import Api
@@ -39,9 +41,12 @@ SUBJECTS = (
     "api",
     "vm",
     "backup",
+    "gpubench",
 )
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
+#: What starts a service again that does not answer.
+HEALING_TIMER = "gpulab-heal.timer"
 #: What a service is asked on its port, beside what its own checks ask.
 ASKS: dict[str, dict[str, Any]] = {"ollama": {"version": "/api/version", "tags": "/api/tags"}}
 #: Seconds until a port that does not answer counts as closed.
@@ -54,13 +59,19 @@ LOAD_S = 300.0
 MILVUS_S = 60.0
 #: Seconds for a job of PyTorch that only says what it sees.
 JOB_S = 150.0
+#: Seconds for the benchmarks: they end by themselves before that. Draining, services stop and start around them.
+BENCH_S = {"quick": 90.0, "full": 180.0}
+DRAIN_S = 900.0
 
 
 class Readers:
     """Reads any subject of any host of a lab, over one connection a host and one client an API."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, benchmarks: str = "quick", drain: bool = False) -> None:
+        """`benchmarks`: quick or full; `drain`: stop the services for them where those use the card."""
         self._lab = lab
+        self._benchmarks, self._drain = benchmarks, drain
+        self._benches = {name: threading.Lock() for name in lab.nodes}
         self._lock = threading.Lock()
         self._connections: dict[str, Connection] = {}
         self._apis: dict[str, Api] = {}
@@ -80,6 +91,7 @@ class Readers:
             "api": lambda node: self._api(node).read_node(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
             "backup": self._backup,
+            "gpubench": self._gpubench,
         }
 
     def read(self, host: str, subject: str) -> dict[str, Any]:
@@ -87,7 +99,10 @@ class Readers:
         return self._ways[subject](machine(self._lab, host))
 
     def lane(self, host: str, subject: str) -> str:
-        """What has to wait for one another: the reads over one connection."""
+        """What has to wait for one another: the reads over one connection.
+
+        The benchmarks are among them, as the last: other reads use the card and the processor too.
+        """
         if subject == "ports":
             return f"ports of {host}"
         if subject == "vm":
@@ -146,7 +161,7 @@ class Readers:
         if module is None or module.origin is None:
             raise ModuleNotFoundError("nvidia-ml-py is not installed here; hint: make setup")
         arguments = {
-            "folder": connection.send(Path(module.origin)),
+            "folder": connection.send("pynvml.py", Path(module.origin).read_bytes()),
             "packages": [*guest.packages.driver, *TOOLKIT],
             "repositories": [guest.nvidia.repository, guest.nvidia.toolkit_repository],
             "cuda": guest.nvidia.cuda,
@@ -207,6 +222,24 @@ class Readers:
         arguments = {"port": ollama.port, "model": ollama.models[0].name, "limit_s": LOAD_S}
         return self._connection(guest).read(ROOM / "containers/remote.py", arguments, limit_s=LOAD_S + 20)
 
+    def _gpubench(self, guest: Guest) -> dict[str, Any]:
+        """What gpubench printed. One card of a node at a time: they share its memory and its processor."""
+        words = ["--quick"] if self._benchmarks == "quick" else []
+        if guest.nvidia.sharing == "mps":
+            words += ["--user", SERVICE_USER, "--mps-pipe", PIPE_DIRECTORY]
+        connection, limit_s = self._connection(guest), BENCH_S[self._benchmarks]
+        with self._benches[guest.node]:
+            found = bench(connection, ["python3", "-I", "-", *words], program().encode(), limit_s)
+            if not self._drain or found.get("verdict") != "inconclusive":
+                return found
+            folder = connection.send("gpubench.py", program().encode())
+            command = ["python3", "-I", f"{folder}/gpubench.py", *words, "--drain", *drained(guest)]
+            found = bench(connection, command, b"", limit_s + DRAIN_S)
+            # While a service is still to be started, systemd needs the program.
+            if found.get("verdict") != "failed":
+                connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", limit_s)
+            return found
+
     def _ports(self, guest: Guest) -> dict[str, Any]:
         """Which of its services' ports the control machine can open on the guest's address."""
         ports = [port for each in guest.services.served().values() for port in each.ports()]
@@ -230,6 +263,32 @@ class Readers:
             "user": sharing.client(guest).user,
         }
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
+
+
+def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: float) -> dict[str, Any]:
+    """Run gpubench. Its exit status says what the object that it prints says, too.
+
+    Raises:
+        Unreachable, Unreadable: it did not come to its end, or printed no object.
+    """
+    what = f"benchmarks of {connection.machine.name}"
+    status, stdout, stderr = connection.run(what, command, stdin, limit_s)
+    try:
+        found: dict[str, Any] = json.loads(stdout)
+        return dict(found)
+    except (TypeError, ValueError):
+        last = (stderr.strip().splitlines() or ["no word"])[-1]
+        raise Unreadable(f"the {what} ended with exit status {status}: {last}") from None
+
+
+def drained(guest: Guest) -> list[str]:
+    """What gpubench stops while it runs: the services that may use the card, and first what would start them again."""
+    names = guest.services.served()
+    units = [HEALING_TIMER] if names and guest.healing is not None else []
+    if guest.engine.kind == "podman":
+        return [word for name in [*units, *(f"{name}.service" for name in names)] for word in ("--unit", name)]
+    found = [word for name in units for word in ("--unit", name)]
+    return found + [word for name in names for word in ("--container", name)]
 
 
 def opens(address: str, port: int) -> bool:

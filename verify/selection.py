@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from inventory import Lab
 from inventory.access import BY_TOKEN
 from inventory.budgets import budgets
+from verify.benchmarks.contract import METRICS
 
 
 def limited(lab: Lab, limits: Collection[str]) -> list[str]:
@@ -75,8 +76,11 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 
 def parts_of(lab: Lab, host: str, part: str) -> list[str]:
     """What a check that is made once for each part of a guest is about: its served services (`service`), those of them
-    that ask for a token (`by_token`), or everyone who has a share of its card (`share`), as a check's id names it.
+    that ask for a token (`by_token`), everyone who has a share of its card (`share`), as a check's id names it, or the
+    figures of the benchmarks (`figure`).
     """
+    if part == "figure":
+        return [name for name, (unit, _) in METRICS.items() if unit != "errors"]
     guest = lab.guests[host]
     if part == "service":
         return list(guest.services.served())

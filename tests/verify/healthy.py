@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from inventory.packages import DEBIAN_13, TOOLKIT
+from tests.unit.benchmark_reports import metric, printed, report, steady
+from verify.benchmarks import history
 from verify.conftest import OBSERVATIONS, RESULTS, fixtures_of
 from verify.hosts import Unreachable, Unreadable
 from verify.observations import READER, Observations
@@ -129,12 +131,54 @@ def torch_job() -> dict[str, Any]:
     return {"status": 0, "saw": saw, "said": ""}
 
 
+#: What a sound RTX A4000 does.
+FIGURES = {
+    "memory.copy": 391.0,
+    "memory.triad": 388.0,
+    "h2d.pinned": 25.1,
+    "d2h.pinned": 26.2,
+    "h2d.pageable": 11.8,
+    "d2h.pageable": 10.4,
+    "bidirectional.pinned": 43.0,
+    "fp32.fma": 17.1,
+    "tensor.fp16": 70.2,
+    "tensor.bf16": 70.1,
+    "tensor.tf32": 35.1,
+    "tensor.int8": 140.5,
+    "launch.latency": 2.4,
+}
+
+
+def benchmarks(began: float) -> dict[str, Any]:
+    """What gpubench prints of that card; synthetic."""
+    metrics = {name: metric(name, steady(level)) for name, level in FIGURES.items()}
+    metrics |= {"memory.pattern": metric("memory.pattern", [0.0] * 4)}
+    telemetry = [
+        {"t": i / 2, "sm_mhz": 1560, "memory_mhz": 7001, "power_w": 118.0 + i % 3, "temperature_c": 55 + i // 4,
+         "reasons": 4, "link_generation": 4, "link_width": 16}
+        for i in range(30)
+    ]  # fmt: skip
+    return printed(began=began, duration_s=15.2, quick=True, metrics=metrics, telemetry=telemetry)
+
+
+def unmeasured(verdict: str, reason: str) -> dict[str, Any]:
+    """What gpubench prints where it came to measure nothing."""
+    metrics = dict.fromkeys([*FIGURES, "memory.pattern"], reason)
+    return benchmarks(time.time()) | {"verdict": verdict, "reason": reason, "metrics": {}, "not_run": metrics}
+
+
 def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, Any] | None = None) -> Path:
-    """An inventory with one node and one guest, its state below `folder`; `node` and `guest` replace keys."""
+    """An inventory with one node and one guest, its state below `folder`; `node` and `guest` replace keys. The guest
+    was measured five times, so that there is a baseline of each figure.
+    """
     state = folder / "state"
     state.mkdir(exist_ok=True)
     (state / "secrets.json").write_text(json.dumps({"pve1": {"-": {"api_token": TOKEN}}}))
     (state / "secrets.json").chmod(0o600)
+    for age in range(5, 0, -1):
+        run = history.past(report(**benchmarks(time.time() - age * 86400)), "a1b2c3d")
+        assert run is not None
+        history.append(state / "benchmarks/pve1/gpu01.jsonl", run)
     common = {"state_dir": str(state), "ssh_key": str(folder / "key")}
     hosts = {
         "nodes": [("@node/pve1", {**NODE, **common, **(node or {})})],
@@ -384,6 +428,7 @@ def healthy() -> dict[str, Any]:
         "ports": {"11434": False, "19530": False, "9091": False},
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),
+        "gpubench": benchmarks(now),
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
     }
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from inventory.packages import DEBIAN_13
+from tests.unit.benchmark_reports import steady
 from tests.verify.healthy import (
+    FIGURES,
     GUEST,
     IDS,
     PASSTHROUGH,
@@ -31,6 +33,7 @@ from tests.verify.healthy import (
     stored,
     tags,
     told,
+    unmeasured,
     verify,
 )
 
@@ -128,6 +131,8 @@ STRANGERS = "access.services.ollama.answers.strangers"
 TENANTS = "access.services.ollama.answers.tenants"
 SPECTRA = "milvus.collections.astro~spectra"
 TOKENS = {f"containers.ollama.{name}" for name in ["token.required", "token.accepted", "managing"]}
+#: All that gpubench gives a figure of.
+FIGURED = {"benchmarks.gpu.memory.pattern", *(f"benchmarks.gpu.{name}" for name in FIGURES)}
 DOOR = TOKENS | {"containers.ollama.tls", "containers.milvus.tls"}
 
 CASES: list[Case] = [
@@ -496,6 +501,21 @@ CASES: list[Case] = [
     ("containers.pytorch.rights", "pytorch.job.saw.capabilities", 1, set()),
     ("containers.pytorch.rights", "pytorch.job.saw.no_new_privileges", False, set()),
     ("containers.pytorch.rights", "pytorch.job.saw.root_writable", True, set()),
+    ("benchmarks.gpu.answers", "gpubench", unmeasured("failed", "the GPU has fallen off the bus"), FIGURED),
+    ("benchmarks.gpu.memory.pattern", "gpubench.metrics.memory~pattern.samples", [0.0, 0.0, 3.0, 0.0], set()),
+    ("benchmarks.gpu.memory.pattern", "gpubench.metrics.memory~pattern.wrong", 3, set()),
+    *[
+        (f"benchmarks.gpu.{name}", f"gpubench.metrics.{name.replace('.', '~')}.{key}", value, set())
+        for name, level in FIGURES.items()
+        for key, value in [
+            ("wrong", 1),
+            ("samples", steady(level * (1.2 if name == "launch.latency" else 0.6 if name == "memory.triad" else 0.4))),
+        ]
+    ],
+    # Of others it is not known how good they are.
+    ("benchmarks.gpu.h2d.pinned", "gpubench.metrics.h2d~pinned.samples", [20.0, 25.0] * 6, set()),
+    ("benchmarks.gpu.fp32.fma", "gpubench.metrics.fp32~fma.checked", False, set()),
+    ("benchmarks.gpu.memory.copy", "gpubench.metrics.memory~copy.samples", steady(520.0), set()),
 ]
 
 

@@ -141,9 +141,8 @@ def test_read_that_does_not_end_well_says_so(
 
 def test_file_is_sent_into_a_private_folder(tmp_path: Path, server: SshServer, client_key: Path) -> None:
     connection = Connection(node_at(tmp_path, server.port, server.line()))
-    file = script(tmp_path, "text")
 
-    folder = Path(connection.send(file))
+    folder = Path(connection.send("remote.py", b"text"))
 
     try:
         assert (folder / "remote.py").read_text() == "text"

@@ -15,16 +15,12 @@ def lines(run: Run, since: Changes | None = None) -> list[str]:
         for result in run.of(verdict):
             found += entry(result)
     # One missing thing keeps many checks from running: said once, with all of them.
-    missing: dict[tuple[str, str], list[str]] = {}
+    missing: dict[tuple[str, str, bool], list[str]] = {}
     for result in run.of(Verdict.NOT_RUN):
-        if not result.expected:
-            missing.setdefault((result.host, result.message), []).append(result.id)
-    for (host, reason), ids in missing.items():
-        found += [f"NOT RUN on {host}: {reason}", f"    {', '.join(ids)}"]
-    expected = [result for result in run.results if result.expected]
-    if expected:
-        words = ", ".join(f"{result.id} on {result.host} ({result.message})" for result in expected)
-        found.append(f"expected not to run: {words}")
+        missing.setdefault((result.host, result.message, result.expected), []).append(result.id)
+    for (host, reason, expected), ids in sorted(missing.items(), key=lambda each: each[0][2]):
+        what = "expected not to run" if expected else "NOT RUN"
+        found += [f"{what} on {host}: {reason}", f"    {', '.join(ids)}"]
     for guest in run.unexcused:
         found.append(f"{guest}: expected_not_run excuses nothing here, since {guest} is not simulated")
     for result in run.of(Verdict.WAIVED):
