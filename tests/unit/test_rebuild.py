@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inventory.schema import Guest, Node, Passthrough, PassthroughDevice
-from operations.proxmox import swap
+from operations.proxmox import rebuild, swap
+from operations.proxmox.order import Order
 from operations.proxmox.swap import Marker, Next, Stage, Subject
 from operations.proxmox.vm import VmState
 
@@ -345,3 +347,13 @@ def test_new_disk_keeps_options_that_nobody_declares() -> None:
     assert swap.new_disk(PLAIN, GUEST, NODE) == (
         "lvm:0,import-from=local:import/debian-13.qcow2,discard=on,iothread=1,ssd=1,cache=writeback"
     )
+
+
+# Verify.
+
+
+def test_new_system_is_measured_in_full_before_the_old_disk_goes() -> None:
+    words = rebuild.verify_command(GUEST, Order("inventory/lab.py", "run", data=("cores=3",)), Path("/reports"))
+
+    assert words[1:4] == ["-m", "pytest", "verify"]
+    assert " ".join(words[6:]) == "--limit gpu01 --report /reports --benchmarks full --drain --data cores=3"
