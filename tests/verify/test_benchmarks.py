@@ -74,7 +74,7 @@ def test_wrong_results_fail_in_the_figure_that_has_them(tmp_path: Path) -> None:
 
     assert wrong.ids("fail") == {"benchmarks.gpu.tensor.bf16"}
     message = wrong.result("benchmarks.gpu.tensor.bf16")["message"]
-    assert message == "gpu01: tensor.bf16: 3 values of its output are wrong, so its figure says nothing"
+    assert message == "gpu01: 3 values of its output are wrong, so its figure says nothing"
 
 
 def test_guest_without_a_driver_is_not_run(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import inventory
 from inventory import Node
 from inventory.secrets import Secrets
-from tests.verify.healthy import lab_file, verify
+from tests.verify.healthy import GUEST, lab_file, verify
 from tests.verify.ssh_server import SshServer
+from verify.benchmarks.contract import METRICS
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.readers import Readers
 
@@ -164,6 +165,21 @@ def test_scripts_run_over_ssh_as_they_are_sent(tmp_path: Path, server: SshServer
     assert found["cmdline"] and found["kernel"]
     assert found["pve_version"] == ""
     readers.close()
+
+
+def test_benchmarks_go_over_ssh_as_one_text(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    """The whole program, which no command line would hold; with or without a card here it comes to its end."""
+    at = {"ssh_hostname": "127.0.0.1", "ssh_port": server.port, "ssh_user": "root", "ssh_key": str(client_key)}
+    alone = {**GUEST["nvidia"], "sharing": "time-slice"}
+    lab = inventory.load(lab_file(tmp_path, guest={**at, "nvidia": alone}))
+    (tmp_path / "state/known_hosts").write_text(server.line())
+    readers = Readers(lab)
+
+    found = readers.read("gpu01", "gpubench")
+
+    readers.close()
+    assert found["tool"] == "gpubench" and found["quick"] is True
+    assert found["metrics"].keys() | found["not_run"].keys() == METRICS.keys()
 
 
 def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(

@@ -67,7 +67,7 @@ def decided(guest: Guest, benchmarks: Measured, metric: str, seen: Callable[[str
         case Verdict.INCONCLUSIVE:
             inconclusive("; ".join([in_use(guest, told), *found.remarks]))
     text = "; ".join([told, *found.remarks])
-    assert found.verdict is Verdict.PASS, f"{guest.name}: {metric}: {text}"
+    assert found.verdict is Verdict.PASS, f"{guest.name}: {text}"
     seen(text)
 
 
