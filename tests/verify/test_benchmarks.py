@@ -51,6 +51,15 @@ def test_card_in_use_is_inconclusive_and_says_what_to_do(tmp_path: Path) -> None
     assert len(kept(lab)) == 5
 
 
+def test_what_was_drained_in_vain_is_not_to_be_drained(tmp_path: Path) -> None:
+    found = unmeasured("inconclusive", "GPU in use by PID 9 python")
+    found["notes"] = ["stopped for this run, and back: gpulab-heal.timer, ollama, milvus"]
+
+    busy = run(lab_file(tmp_path), found)
+
+    assert {result["message"] for result in of_benchmarks(busy)} == {"GPU in use by PID 9 python"}
+
+
 def test_who_comes_later_spoils_what_was_measured(tmp_path: Path) -> None:
     lab, found = lab_file(tmp_path), benchmarks(2e9)
     found |= {"verdict": "inconclusive", "reason": "GPU in use by PID 9 python"}
@@ -276,6 +285,14 @@ def test_drain_stops_what_this_guest_declares_and_only_where_the_card_is_in_use(
     assert (told.drain, told.quick, told.user) == (True, True, "gpulab-gpu")
     assert (told.unit, told.container) == (["gpulab-heal.timer"], ["ollama", "milvus"])
     assert guest.asked[2][0] == ["rm", "-r", "/tmp/there"]
+
+
+@pytest.mark.parametrize("reason", ["stopped by SIGTERM", "not known whether the GPU is in use: libnvidia-ml.so.1"])
+def test_nothing_is_stopped_for_another_reason(reader: Callable[..., dict[str, Any]], reason: str) -> None:
+    guest = Guestlike(answered(unmeasured("inconclusive", reason), 3))
+
+    assert reader(guest, drain=True)["reason"] == reason
+    assert guest.sent == []
 
 
 def test_services_of_podman_are_units(reader: Callable[..., dict[str, Any]]) -> None:

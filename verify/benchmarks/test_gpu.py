@@ -31,7 +31,7 @@ def test_card_answers_to_the_end(guest: Guest, benchmarks: Measured, seen: Calla
     report = benchmarks.report
     match report.verdict:
         case "inconclusive":
-            inconclusive(in_use(guest, report.reason))
+            inconclusive(in_use(guest, benchmarks, report.reason))
         case "not run":
             not_run(report.reason)
         case "failed":
@@ -61,16 +61,17 @@ def decided(guest: Guest, benchmarks: Measured, metric: str, seen: Callable[[str
     told = found.sentence.removeprefix(f"{metric}: ").removeprefix(f"{metric} ")
     match found.verdict:
         case Verdict.NOT_RUN if benchmarks.report.verdict == "inconclusive":
-            inconclusive(in_use(guest, told))
+            inconclusive(in_use(guest, benchmarks, told))
         case Verdict.NOT_RUN:
             not_run(told)
         case Verdict.INCONCLUSIVE:
-            inconclusive("; ".join([in_use(guest, told), *found.remarks]))
+            inconclusive("; ".join([in_use(guest, benchmarks, told), *found.remarks]))
     text = "; ".join([told, *found.remarks])
     assert found.verdict is Verdict.PASS, f"{guest.name}: {text}"
     seen(text)
 
 
-def in_use(guest: Guest, reason: str) -> str:
+def in_use(guest: Guest, benchmarks: Measured, reason: str) -> str:
     """The reason, with what can be done where it is that others use the card."""
-    return f"{reason}; {IN_USE.format(host=guest.name)}" if "GPU in use" in reason else reason
+    drained = any(note.startswith("stopped for this run") for note in benchmarks.report.notes)
+    return reason if drained or "GPU in use" not in reason else f"{reason}; {IN_USE.format(host=guest.name)}"
