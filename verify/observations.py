@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -39,6 +40,7 @@ class Observations:
         self._lane_of = lane_of
         self._futures: dict[tuple[str, str], Future[Observation]] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._closed = threading.Event()
 
     def start(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Begin to read the given (host, subject) pairs: those of one lane in order, lanes at once."""
@@ -55,7 +57,7 @@ class Observations:
         """The observation, read now unless it was begun; one that could not be read makes the check `not run`."""
         if (host, subject) not in self._futures:
             self._futures[host, subject] = Future()
-            self._work([(host, subject)])
+            self._read((host, subject))
         try:
             return self._futures[host, subject].result()
         except Unreachable:
@@ -75,12 +77,18 @@ class Observations:
 
     def close(self) -> None:
         """Wait for reads that are under way and drop those that have not begun."""
+        self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _work(self, keys: list[tuple[str, str]]) -> None:
         for key in keys:
-            try:
-                self._futures[key].set_result(Observation(self._reader(*key)))
-            except BaseException as error:  # it is raised again where the observation is asked for
-                self._futures[key].set_exception(error)
+            if self._closed.is_set():
+                return
+            self._read(key)
+
+    def _read(self, key: tuple[str, str]) -> None:
+        try:
+            self._futures[key].set_result(Observation(self._reader(*key)))
+        except BaseException as error:  # it is raised again where the observation is asked for
+            self._futures[key].set_exception(error)

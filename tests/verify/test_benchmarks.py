@@ -19,6 +19,7 @@ from verify.benchmarks import history
 from verify.benchmarks.contract import METRICS
 from verify.benchmarks.gpubench import parser
 from verify.hosts import Unreadable
+from verify.observations import Observations
 from verify.readers import Readers
 from verify.verdicts import FAILED, INCOMPLETE, PASSED
 
@@ -195,6 +196,29 @@ class Slow(Doctored):
     def read(self, host: str, subject: str) -> dict[str, Any]:
         threading.Event().wait(0.5)
         return super().read(host, subject)
+
+
+def test_run_that_was_stopped_begins_no_benchmarks() -> None:
+    """They would take minutes for nobody."""
+    begun, goes_on, asked = threading.Event(), threading.Event(), []
+
+    def read(host: str, subject: str) -> dict[str, Any]:
+        asked.append(subject)
+        begun.set()
+        goes_on.wait(5)
+        return {}
+
+    observations = Observations(read)
+    observations.start([("gpu01", "nvidia"), ("gpu01", "gpubench")])
+    begun.wait(5)
+    closing = threading.Thread(target=observations.close)
+    closing.start()
+    while not observations._closed.is_set():
+        pass
+    goes_on.set()
+    closing.join(5)
+
+    assert asked == ["nvidia"]
 
 
 # How it is read.
