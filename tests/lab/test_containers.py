@@ -22,35 +22,35 @@ from tests.lab.test_engine import GPU01, INVENTORY, PODMAN
 #: Every field that an engine is told of, with words that a shell, systemd and Quadlet would each read in their way.
 DEPLOY = """
 import os
-import inventory
-from pyinfra import host, state
-from operations import containers
+from operations import containers, run
 from operations.containers.spec import ContainerSpec, Health
 
-guest = inventory.of_run(state).guests[host.name]
 health = Health(("test", "-e", os.environ.get("HEALTHY", "/run/secrets/root")), interval_s=1, timeout_s=2, retries=1)
-containers.container(
-    name="Run the probe",
-    spec=ContainerSpec(
-        "probe",
-        guest.services.served()["ollama"].image,
-        entrypoint="sh",
-        command=("-c", 'id -u; echo "$WORDS" "$0"; ' + os.environ.get("END", "sleep 1000"), 'a b$HOME%n"z'),
-        environment={"WORDS": "a $HOME %n 'q' \\\\\\\\"},
-        volumes={"/srv/data/probe": "/data"},
-        mounts=("/srv/data",),
-        user="850:850",
-        secrets={"/run/secrets/root": os.environ.get("SECRET", "hidden-one")},
-        secrets_key="a key of the test",
-        memory_mib=64, cpus=0.5, pids=50, shm_mib=32, ulimits={"nofile": 1024},
-        health=health, restart="unless-stopped", after=("ollama",), labels={"x": 'y "z" %n'},
-        stop_s=2, ready_s=8, engine=guest.engine.kind,
-    ),
-)
-containers.undeclared(
-    name="Look for others", names=[*guest.services.declared(), *os.environ.get("DECLARED", "probe").split()],
-    engine=guest.engine.kind, prune="PRUNE" in os.environ,
-)
+with run.of_host() as part:
+    containers.container(
+        name="Run the probe",
+        spec=ContainerSpec(
+            "probe",
+            part.guest.services.served()["ollama"].image,
+            entrypoint="sh",
+            command=("-c", 'id -u; echo "$WORDS" "$0"; ' + os.environ.get("END", "sleep 1000"), 'a b$HOME%n"z'),
+            environment={"WORDS": "a $HOME %n 'q' \\\\\\\\"},
+            volumes={"/srv/data/probe": "/data"},
+            mounts=("/srv/data",),
+            user="850:850",
+            secrets={"/run/secrets/root": os.environ.get("SECRET", "hidden-one")},
+            secrets_key="a key of the test",
+            memory_mib=64, cpus=0.5, pids=50, shm_mib=32, ulimits={"nofile": 1024},
+            health=health, restart="unless-stopped", after=("ollama",), labels={"x": 'y "z" %n'},
+            stop_s=2, ready_s=8, engine=part.guest.engine.kind,
+        ),
+    )
+    containers.undeclared(
+        name="Look for others",
+        names=[*part.guest.services.declared(), *os.environ.get("DECLARED", "probe").split()],
+        engine=part.guest.engine.kind,
+        prune="PRUNE" in os.environ,
+    )
 """
 
 Run = Callable[..., Outcome]
