@@ -160,7 +160,7 @@ FAULTS = [
         R,
         runs,
         says="The previous container runs again.",
-        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=20),
+        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=8),
         mend=runs,
     ),
     Fault(
