@@ -60,14 +60,11 @@ def within(seconds: float, what: str, command: list[str], expected: int = 0) -> 
 
 def back_with_the_disk(deployed: Deployed) -> None:
     """Starting any unit, as the healing's timer does, has systemd mount what it wants mounted."""
-    started = {
-        name: deployed.on(GUEST, "docker", "inspect", "--format={{.State.StartedAt}}", name) for name in SERVICES
-    }
+    look = "docker inspect --format={{.State.StartedAt}}"
+    started = {name: deployed.on(GUEST, *look.split(), name).strip() for name in SERVICES}
     deployed.on(GUEST, "umount", "--lazy", "/srv/data")
     for name, before in started.items():
-        again = (
-            f'test "$(docker inspect --format={{{{.State.StartedAt}}}} {name})" != {before} && docker exec {name} true'
-        )
+        again = f'test "$({look} {name})" != {before} && docker exec {name} true'
         within(120, f"{name} back with the disk", ["sh", "-c", again])
 
 
@@ -160,7 +157,7 @@ FAULTS = [
         R,
         runs,
         says="The previous container runs again.",
-        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=20),
+        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=8),
         mend=runs,
     ),
     Fault(

@@ -274,14 +274,10 @@ FAULTS = [
     *pytorch.FAULTS,
 ]
 
-#: What CI breaks: each promise of the services' has one here or in test_services.py, and the module, the card and a
-#: killed run stand for the rest.
+#: What CI breaks: one for each promise of the services, here or in test_services.py. They take some seven minutes.
 TYPICAL = {
-    "a module that DKMS can't build",
-    "the GPU fallen off the bus",
     "a model that nobody has",
     "a broken GGUF",
-    "killed in the middle of an installation",
     "the proxy reloaded under load",
     "a declaration with which Ollama does not start",
     "the registry away while the image is needed",

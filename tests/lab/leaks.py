@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,18 +70,24 @@ def places_of(deployed: Deployed, guest: str) -> dict[str, str]:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.is_symlink() and JOURNAL not in path.relative_to(folder).parts:
                 found[f"{guest}:/{path.relative_to(root)}"] = path.read_text(errors="replace")
-    found[f"{guest}: journal"] = deployed.on(guest, "journalctl", "--no-pager", "--output=export", "--all")
+    found[f"{guest}: journal"] = said(guest, "journalctl", "--no-pager", "--output=export", "--all")
+    assert found[f"{guest}: journal"], "the journal cannot be read"
     for engine in ("docker", "podman"):
         # The other of the two is absent, or stopped.
         for name in host.run(guest, [engine, "ps", "--all", "--format={{.Names}}"]).stdout.split():
-            found[f"{guest}: {engine} inspect {name}"] = deployed.on(guest, engine, "inspect", name)
-            logged = host.run(guest, [engine, "logs", name])
-            found[f"{guest}: {engine} logs {name}"] = logged.stdout + logged.stderr
+            for words in ("inspect", "logs"):
+                found[f"{guest}: {engine} {words} {name}"] = said(guest, engine, words, name)
     for folder in (deployed.reports, Path("reports")):
         for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
             if path.is_file():
                 found[str(path)] = path.read_text(errors="replace")
     return found
+
+
+def said(guest: str, *words: str) -> str:
+    """What a command says, bytes that are no text included: a journal has some."""
+    done = subprocess.run([*host.enter(guest), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    return done.stdout.decode(errors="replace")
 
 
 class Seen(set[str]):

@@ -2,13 +2,35 @@
 """Runs on the guest, with the tools' own Python: root's password, and each tenant's database, user and role."""
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from operations.containers.milvus.remote.client import DEFAULT, ROLE, beyond, connect, kept, lacking, logs_in, words
+
+Result = TypeVar("Result")
+
+#: Stands in what Milvus says when it could not tell one of its proxies of a change of users or rights.
+UNTOLD = "proxyID"
 
 
 class Failed(Exception):
     """What could not be had, for stderr."""
+
+
+def patiently(act: Callable[[], Result], deadline_s: float) -> Result:
+    """Do what changes users or rights, and again while Milvus has proxies that cannot be told of it.
+
+    The proxy of a server that was killed is one of them until its session has run out, a minute later. `act` must not
+    mind that its last time has done a part of it.
+    """
+    deadline = time.monotonic() + deadline_s
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            if UNTOLD not in words(error) or time.monotonic() >= deadline:
+                raise
+        time.sleep(1)
 
 
 def root_of(uri: str, password: str, deadline_s: float) -> Any:
@@ -81,7 +103,10 @@ def grant(root: Any, role: str, database: str) -> list[str]:
 
 def remove(root: Any, names: list[str]) -> None:
     """Users that nobody declares, and their roles. Their databases stay."""
+    there = root.list_users()
     for name in names:
+        if name not in there:
+            continue
         for role in root.describe_user(name).get("roles", ()):
             if role.startswith(ROLE):
                 root.revoke_role(name, role)

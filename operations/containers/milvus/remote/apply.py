@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from operations.containers.milvus.remote.accounts import Failed, accounts, remove, root_of
+from operations.containers.milvus.remote.accounts import Failed, accounts, patiently, remove, root_of
 from operations.containers.milvus.remote.client import connect, described, keep, words
 
 
@@ -60,13 +60,14 @@ def former(client: Any, had: dict[str, str]) -> Any:
 
 
 def apply(order: dict[str, Any], passwords: dict[str, str]) -> None:
-    uri = order["uri"]
-    root = root_of(uri, passwords["root"], order["deadline_s"])
+    uri, deadline_s = order["uri"], order["deadline_s"]
+    root = patiently(lambda: root_of(uri, passwords["root"], deadline_s), deadline_s)
     content = {"uri": uri, "user": "root", "password": passwords["root"]}
     content |= {"passwords": passwords, "digests": order["digests"]}
     keep(content)
-    keep({**content, "unknown": accounts(root, uri, order["databases"], passwords)})
-    remove(root, order["remove"])
+    unknown = patiently(lambda: accounts(root, uri, order["databases"], passwords), deadline_s)
+    keep({**content, "unknown": unknown})
+    patiently(lambda: remove(root, order["remove"]), deadline_s)
     for each in order["collections"]:
         label = f"collection {each['database']}.{each['name']}"
         try:
