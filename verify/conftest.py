@@ -78,8 +78,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmarks",
         choices=("off", "quick", "full"),
-        default="quick",
-        help="how much of the GPU benchmarks: none, under 20 s (default), or two minutes, as after a rebuild",
+        default="off",
+        help="how much of the GPU benchmarks: none (default), under 20 s, or two minutes, as after a rebuild",
     )
     group.addoption(
         "--quick", action="store_const", const="quick", dest="benchmarks", help="the same as --benchmarks quick"
@@ -345,7 +345,6 @@ def selection(config: pytest.Config) -> str:
     # pyproject.toml has a -m for the tests of gpulab, which leaves out no check.
     if config.option.markexpr and config.option.markexpr not in config.getini("addopts"):
         words.append(f"-m '{config.option.markexpr}'")
-    words += ["--benchmarks off"] if config.getoption("--benchmarks") == "off" else []
     words += [f"--deselect {word}" for word in config.option.deselect or []]
     if not is_whole(config):
         words += [os.path.relpath(word, config.invocation_params.dir) for word in config.args]
