@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ import operations
 from inventory import GpulabError
 from operations.containers import quadlet
 from operations.containers.container import decide
+from operations.containers.remote import quadlet as quadlet_remote
 from operations.containers.spec import ContainerSpec, Health
 from operations.remote import program
 
@@ -288,6 +290,23 @@ def test_those_that_need_it_start_again_behind_it(guest: Guest) -> None:
     guest.set(running={"web.service": "old", "shop.service": "x"}, loaded=["web.service"], followers=["shop.service"])
     assert guest.do("new").returncode == 0
     assert set(guest.running()) == {"web.service", "shop.service"}
+
+
+@pytest.mark.parametrize(
+    ("sub_state", "status", "told"),
+    [("auto-restart", "3", "probe ended with status 3 (exit-code)"), ("start", "0", None)],
+)
+def test_one_that_ends_again_and_again_is_told_with_the_status_that_it_ends_with(
+    monkeypatch: pytest.MonkeyPatch, sub_state: str, status: str, told: str | None
+) -> None:
+    """While it starts once more systemd shows 0."""
+    found = {"ActiveState": "activating", "SubState": sub_state, "Result": "exit-code", "NRestarts": "3"}
+    monkeypatch.setattr(quadlet_remote, "state", lambda unit: {**found, "ExecMainStatus": status})
+    if told is None:
+        assert quadlet_remote.unready("probe") == "it was started again 3 times"
+        return
+    with pytest.raises(quadlet_remote.Failed, match=re.escape(told)):
+        quadlet_remote.unready("probe")
 
 
 def test_a_service_goes_with_its_network_and_its_secrets_only_when_asked_for(guest: Guest) -> None:

@@ -117,8 +117,12 @@ def start(order: dict[str, Any]) -> None:
 def unready(name: str) -> str:
     """Why the service is not ready yet, empty when it is. One that keeps ending never will be."""
     found = state(f"{name}.service")
-    if found["ActiveState"] in ("failed", "inactive") or int(found["NRestarts"] or 0) > 2:
+    again = int(found["NRestarts"] or 0) > 2
+    # Only between two starts is the status that of the one before; during a start it is 0 again.
+    if found["ActiveState"] in ("failed", "inactive") or (again and found["SubState"].startswith("auto-restart")):
         raise Failed(f"{name} ended with status {found['ExecMainStatus']} ({found['Result']})")
+    if again:
+        return f"it was started again {found['NRestarts']} times"
     if found["ActiveState"] != "active":
         return f"it is {found['ActiveState']} ({found['SubState']})"
     status, output, error = run("podman", "container", "inspect", name)
@@ -134,13 +138,10 @@ def unready(name: str) -> str:
 
 def last_words(name: str) -> str:
     """Of the container, or of systemd where there is none any more."""
-    said = last_lines("podman", name)
+    if run("podman", "container", "exists", name)[0] == 0:
+        return last_lines("podman", name)
     words = ("-u", f"{name}.service", "-n", "15", "-o", "cat", "--no-pager", "-q")
-    return (
-        said
-        if run("podman", "container", "exists", name)[0] == 0
-        else (f"Its unit's last lines:\n{run('journalctl', *words)[1].rstrip()}")
-    )
+    return f"Its unit's last lines:\n{run('journalctl', *words)[1].rstrip()}"
 
 
 def remove(order: dict[str, Any]) -> None:
