@@ -286,6 +286,7 @@ TYPICAL = {
     "the engine restarted",
     "a container's process killed",
     "the data disk gone from the VM",
+    "Milvus killed while inserting",
 }
 assert {fault.injected for fault in FAULTS} >= TYPICAL
 
