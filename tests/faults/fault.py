@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from tests.lab.commands import Deployed
+import inventory
+from tests.lab.commands import INVENTORY, Deployed
 
 from .table import Verdict
 
@@ -49,3 +52,9 @@ def meanwhile(script: str) -> Act:
 
 def both(*acts: Act) -> Act:
     return lambda deployed: [act(deployed) for act in acts]
+
+
+def service(name: str, **keys: Any) -> Words:
+    """Words of a deploy in which a service is declared otherwise."""
+    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
+    return ("--data", f"services={json.dumps({**declared, name: {**declared[name], **keys}})}")

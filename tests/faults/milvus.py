@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import inventory
 from rehearsal import host
 from tests.lab.commands import INVENTORY, Deployed
 
-from .fault import GUEST, Act, Fault, R, S, Words, both
+from .fault import GUEST, Act, Fault, R, S, Words, both, service
 
 #: The driver's own Python, and how a program of root's on the guest logs in.
 PYTHON = "/opt/gpulab/milvus-tools/bin/python"
@@ -45,16 +43,10 @@ def succeeds(script: str) -> bool:
     return host.run(GUEST, ["sh", "-c", script]).returncode == 0
 
 
-def milvus(**keys: Any) -> Words:
-    """Words of a deploy in which Milvus is declared otherwise."""
-    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
-    return ("--data", f"services={json.dumps({**declared, 'milvus': {**declared['milvus'], **keys}})}")
-
-
 def of_the_gpu() -> Words:
     """The tenant's collection with an index that a server for the CPU does not know."""
     (collection,) = inventory.load(INVENTORY).guests[GUEST].services.model_dump()["milvus"]["collections"]
-    return milvus(collections=[{**collection, "index": "spectra-gpu"}])
+    return service("milvus", collections=[{**collection, "index": "spectra-gpu"}])
 
 
 ACKNOWLEDGED = "/run/acknowledged"

@@ -16,21 +16,15 @@ from tests.lab.clients import ollama_client
 from tests.lab.commands import INVENTORY, Deployed
 
 from . import milvus
-from .fault import GUEST, Act, Fault, R, S, Words, both, sh
+from .fault import GUEST, Act, Fault, R, S, Words, both, service, sh
 
 #: Those that run all the time.
 SERVICES = ("ollama", "milvus")
 
 
-def ollama(**keys: Any) -> Words:
-    """Words of a deploy in which Ollama is declared otherwise."""
-    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
-    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
-
-
 def another_digest() -> Words:
     image = inventory.load(INVENTORY).guests[GUEST].services.served()["ollama"].image
-    return ollama(image=re.sub("[0-9a-f]{64}$", "1" * 64, image))
+    return service("ollama", image=re.sub("[0-9a-f]{64}$", "1" * 64, image))
 
 
 def runs(deployed: Deployed) -> None:
@@ -158,7 +152,7 @@ FAULTS = [
         R,
         runs,
         says="The previous container runs again.",
-        words=lambda: ollama(environment={"PATH": "/nowhere"}, ready_s=8),
+        words=lambda: service("ollama", environment={"PATH": "/nowhere"}, ready_s=8),
         mend=runs,
     ),
     Fault(

@@ -24,7 +24,7 @@ from rehearsal import host, paths
 from tests.lab.commands import INVENTORY, Deployed
 
 from . import pytorch, services, table
-from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, sh
+from .fault import GUEST, Fault, H, R, S, Words, both, meanwhile, nothing, service, sh
 from .table import Row, Verdict
 
 #: Makes the simulated card answer differently: see rehearsal/nvidia/source/gpu.h.
@@ -37,12 +37,6 @@ def nvidia(**keys: object) -> Words:
     """Words of a deploy in which `nvidia` of the guest is otherwise."""
     declared = inventory.load(INVENTORY).guests[GUEST].nvidia.model_dump(exclude_unset=True)
     return ("--data", f"nvidia={json.dumps({**declared, **keys})}")
-
-
-def ollama(**keys: object) -> Words:
-    """The same of `services.ollama`."""
-    declared = inventory.load(INVENTORY).guests[GUEST].services.model_dump(exclude_unset=True)
-    return ("--data", f"services={json.dumps({**declared, 'ollama': {**declared['ollama'], **keys}})}")
 
 
 #: A GGUF of a version that nobody reads any more.
@@ -245,21 +239,21 @@ FAULTS = [
         R,
         nothing,
         says="model nosuch: pull model manifest: file does not exist",
-        words=lambda: ollama(models=["nosuch"]),
+        words=lambda: service("ollama", models=["nosuch"]),
     ),
     Fault(
         "another digest than the model's declared",
         R,
         nothing,
         says=f"declared is {64 * 'a'}; the model stays as it was pulled",
-        words=lambda: ollama(models=[{"name": "tiny", "digest": 64 * "a"}]),
+        words=lambda: service("ollama", models=[{"name": "tiny", "digest": 64 * "a"}]),
     ),
     Fault(
         "a broken GGUF",
         R,
         sh("printf 'GGUF\\1\\0\\0\\0' > /srv/data/broken.gguf"),
         says="model own: unsupported version 1",
-        words=lambda: ollama(models=[BROKEN_MODEL]),
+        words=lambda: service("ollama", models=[BROKEN_MODEL]),
         mend=sh("rm /srv/data/broken.gguf"),
     ),
     Fault(
@@ -267,7 +261,7 @@ FAULTS = [
         H,
         nothing,
         says="no such host",
-        words=lambda: ollama(models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
+        words=lambda: service("ollama", models=["tiny", "other"], environment={"GPULAB_STAND_IN_MODELS": "away"}),
     ),
     Fault("killed in the middle of an installation", H, killed_installing),
     *services.FAULTS,
