@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A report as gpubench prints it, for the tests of what is made of it."""
+"""Reports as the benchmarks print them, for the tests of what is made of them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def printed(**keys: Any) -> dict[str, Any]:
         "notes": [],
         **keys,
     }
+
+
+#: What a program of tier 1 tells of the card.
+CARD = {key: A4000[key] for key in ("name", "pci_id", "uuid")}
+PROCESSOR: dict[str, Any] = {"device": "cpu", "processor": "AMD EPYC 7313", "card": None, "driver": None}
+
+
+def of_tier_1(tool: str, levels: dict[str, float], **keys: Any) -> dict[str, Any]:
+    """A measured run of a program of tier 1 on an RTX A4000; `levels`: what each metric is steady at."""
+    metrics = {name: metric(name, steady(level), sm_mhz=None, memory_mhz=None) for name, level in levels.items()}
+    plain = {"tool": tool, "device": "cuda", "processor": "", "card": CARD, "software": f"{tool} 1.0", "setting": "s"}
+    return printed(metrics=metrics, **{**plain, **keys})
 
 
 def report(**keys: Any) -> Report:

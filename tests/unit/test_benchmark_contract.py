@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.benchmark_reports import A4000, metric, printed, report
-from verify.benchmarks.contract import METRICS, BadReport, read
+from tests.unit.benchmark_reports import PROCESSOR, of_tier_1,  A4000, metric, printed, report
+from verify.benchmarks.contract import TOOLS, BadReport, Tool, read
 
 
 def refusal(value: Any) -> str:
@@ -35,11 +35,29 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_report_is_read_as_printed() -> None:
-    found = report(metrics={name: metric(name, [3.0] * 6) for name in METRICS})
+    found = report(metrics={name: metric(name, [3.0] * 6) for name in TOOLS["gpubench"]})
 
-    assert list(found.metrics) == list(METRICS)
+    assert list(found.metrics) == list(TOOLS["gpubench"])
     assert found.card is not None and found.card.pci_id == "10de:24b0"
     assert found.metrics["launch.latency"].better == "lower"
+
+
+@pytest.mark.parametrize("tool", list(TOOLS))
+def test_programs_have_metrics_of_their_own(tool: Tool) -> None:
+    found = report(**of_tier_1(tool, dict.fromkeys(TOOLS[tool], 3.0)))
+
+    assert list(found.metrics) == list(TOOLS[tool])
+    other = "gpubench" if tool != "gpubench" else "mps"
+    words = refusal(of_tier_1(other, dict.fromkeys(TOOLS[tool], 3.0)))
+    assert words == f"the report: expected metrics of {other} in schema 1, got {next(iter(TOOLS[tool]))!r}"
+
+
+def test_processor_has_no_card() -> None:
+    found = report(**of_tier_1("milvus", {"milvus.recall": 0.0}, **PROCESSOR))
+
+    assert (found.computed_by, found.driver) == ("AMD EPYC 7313", None)
+    words = refusal(of_tier_1("milvus", {"milvus.recall": 0.9}, **{**PROCESSOR, "processor": ""}))
+    assert words == "the report: expected `processor` beside verdict 'measured'"
 
 
 def test_report_without_a_driver_has_no_card() -> None:
@@ -76,7 +94,7 @@ SAMPLES = "metrics.memory/triad.samples"
     ("path", "value", "words"),
     [
         ("schema", 2, "schema: expected 1, got 2"),
-        ("tool", "nvbandwidth", "tool: expected 'gpubench', got 'nvbandwidth'"),
+        ("tool", "nvbandwidth", "tool: expected 'gpubench', 'mps', 'pytorch', 'ollama' or 'milvus', got 'nvbandwidth'"),
         ("began", "yesterday", "began: expected a valid number, got 'yesterday'"),
         ("quick", 1, "quick: expected a valid boolean, got 1"),
         ("duration_s", -1.0, "duration_s: expected greater than or equal to 0, got -1.0"),
@@ -95,12 +113,12 @@ SAMPLES = "metrics.memory/triad.samples"
         ("metrics.memory/triad.limit", 0, "metrics.memory.triad.limit: expected greater than 0, got 0"),
         ("metrics.memory/triad.sm_mhz", -5, "metrics.memory.triad.sm_mhz: expected greater than 0, got -5"),
         ("metrics.memory/triad.wrong", -1, "metrics.memory.triad.wrong: expected greater than or equal to 0, got -1"),
-        ("metrics", {"x": metric("memory.copy", [1.0])}, "metrics: expected metrics of schema 1, got 'x'"),
-        ("metrics", {}, "gpubench's report: expected `metrics` beside verdict 'measured'"),
-        ("driver", "", "gpubench's report: expected `driver` beside verdict 'measured'"),
-        ("card", None, "gpubench's report: expected `card` beside verdict 'measured'"),
+        ("metrics", {"x": metric("memory.copy", [1.0])}, "the report: expected metrics of gpubench in schema 1, got 'x'"),
+        ("metrics", {}, "the report: expected `metrics` beside verdict 'measured'"),
+        ("driver", "", "the report: expected `driver` beside verdict 'measured'"),
+        ("card", None, "the report: expected `card` beside verdict 'measured'"),
         ("verdict", "pass", "verdict: expected 'measured', 'inconclusive', 'not run' or 'failed', got 'pass'"),
-        ("verdict", "failed", "gpubench's report: expected a `reason` beside verdict 'failed'"),
+        ("verdict", "failed", "the report: expected a `reason` beside verdict 'failed'"),
         (
             "not_run",
             {"memory.triad": "x"},
@@ -139,7 +157,7 @@ def test_wrong_values_take_a_check() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "Traceback (most recent call last)", '{"schema": 1', "[]", "null", "7"])
 def test_what_is_no_report_is_refused(text: str) -> None:
-    assert refusal(text).startswith("gpubench's report: expected ")
+    assert refusal(text).startswith("the report: expected ")
 
 
 def test_everything_that_is_wrong_is_named_at_once() -> None:

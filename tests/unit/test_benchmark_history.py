@@ -313,7 +313,7 @@ def test_recent_runs_are_summed_up_by_median_and_mad() -> None:
     slow = recent(History(runs(*levels)), run(90, 370.0), NAME)
 
     assert usual is not None and slow is not None
-    assert (usual.median, usual.mad, usual.runs, usual.driver) == (388.0, 1.0, 10, "580.95.05")
+    assert (usual.median, usual.mad, usual.runs, usual.under) == (388.0, 1.0, 10, "driver 580.95.05")
     assert not usual.unusual and slow.unusual
     assert slow.relative == pytest.approx(-18 / 388)
 
@@ -342,7 +342,7 @@ def test_first_runs_of_a_driver_are_compared_with_those_of_the_one_before() -> N
 
     found = recent(past, run(4, 350.0, driver="590.44.01"), NAME)
 
-    assert found is not None and (found.driver, found.unusual) == ("580.95.05", True)
+    assert found is not None and (found.under, found.unusual) == ("driver 580.95.05", True)
 
 
 def test_few_runs_are_compared_with_nothing() -> None:
@@ -362,7 +362,7 @@ def test_few_runs_are_compared_with_nothing() -> None:
             "with driver 580.95.05 to 590.44.01 and configuration af62f38 to b6e1d02",
         ),
         ({"revision": ""}, "with configuration af62f38 to unknown"),
-        ({}, "driver and configuration as before"),
+        ({}, "versions and configuration as before"),
     ],
 )
 def test_change_of_level_is_told_with_what_came_with_it(keys: dict[str, str], cause: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.benchmark_reports import A4000, metric, report, steady
 from verify.benchmarks import history
-from verify.benchmarks.contract import METRICS, Report
+from verify.benchmarks.contract import TOOLS, Report
 from verify.benchmarks.history import LEARN, History
 from verify.benchmarks.judging import Judgement, judge, overall
 from verify.verdicts import Verdict
@@ -143,7 +143,7 @@ def test_single_flipped_bit_fails(samples: list[float], checked: bool, wanted: V
 def test_metrics_that_were_not_measured_say_why() -> None:
     found = judge(report(not_run={"tensor.int8": "no mma.sync for it"}), History(), "r1")
 
-    assert [each.metric for each in found] == list(METRICS)
+    assert [each.metric for each in found] == list(TOOLS["gpubench"])
     reasons = {each.metric: each.sentence for each in found if each.verdict is Verdict.NOT_RUN}
     assert reasons["tensor.int8"] == "tensor.int8: no mma.sync for it"
     assert reasons["h2d.pinned"] == "h2d.pinned: gpubench gave no figure of it"
@@ -155,7 +155,7 @@ def test_without_a_driver_nothing_was_run() -> None:
 
     assert overall(found) == (Verdict.NOT_RUN, "no CUDA driver")
     assert {(each.verdict, each.sentence) for each in judge(found, History(), "r1")} == {
-        (Verdict.NOT_RUN, f"{name}: no CUDA driver") for name in METRICS
+        (Verdict.NOT_RUN, f"{name}: no CUDA driver") for name in TOOLS["gpubench"]
     }
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A lab's own figures: one line of JSON a run, in the lab's private folder, and what earlier runs say of a new one.
 
-Figures of different cards, metrics, units and kinds of run (quick or full) never meet. A baseline and the median of the
-last runs are those of one driver version; a change of level is looked for across drivers, since it is a driver that
-often makes it.
+Figures of different cards, metrics, units, settings and kinds of run (quick or full) never meet. A baseline and the
+median of the last runs are those of one version of the driver and of the software measured; a change of level is looked
+for across versions, since it is a new one that often makes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from inventory import Guest, Lab
 from verify.benchmarks import changes
-from verify.benchmarks.contract import Better, Identity, Report, Strict, Unit
+from verify.benchmarks.contract import Better, Identity, Report, Strict, Tool, Unit
 from verify.benchmarks.intervals import interval
 from verify.benchmarks.references import NOISE, Bounds, figure
 
@@ -51,17 +51,27 @@ class Figure(Strict):
 
 
 class Past(Strict):
-    """One run as the history keeps it. `revision`: that of the configuration; `began`: seconds since the epoch."""
+    """One run as the history keeps it. `revision`: that of the configuration; `began`: seconds since the epoch.
+
+    `card`: its PCI id, or the processor's name where that computed; a processor has neither `uuid` nor `driver`.
+    """
 
     version: Literal[1] = Field(alias="schema", serialization_alias="schema")
-    tool: Literal["gpubench"]
+    tool: Tool
     began: float = Field(gt=0)
     quick: bool
     card: Identity
     uuid: str
-    driver: Identity
+    driver: str
+    software: str = ""
+    setting: str = ""
     revision: str
     figures: dict[str, Figure]
+
+    @property
+    def under(self) -> str:
+        """The versions that it was measured under."""
+        return ", ".join(filter(None, [self.driver and f"driver {self.driver}", self.software]))
 
     @property
     def day(self) -> str:
@@ -75,7 +85,7 @@ def file_of(lab: Lab, guest: Guest) -> Path:
 
 def past(report: Report, revision: str) -> Past | None:
     """What is kept of a run: sound figures with an interval. None: it has none, or others used the GPU meanwhile."""
-    if report.verdict != "measured" or report.card is None or not report.driver:
+    if report.verdict != "measured" or not report.computed_by:
         return None
     figures = {}
     for name, metric in report.metrics.items():
@@ -93,12 +103,14 @@ def past(report: Report, revision: str) -> Past | None:
         return None
     return Past(
         schema=1,
-        tool="gpubench",
+        tool=report.tool,
         began=report.began,
         quick=report.quick,
-        card=report.card.pci_id,
-        uuid=report.card.uuid or "",
-        driver=report.driver,
+        card=report.card.pci_id if report.card is not None else report.processor,
+        uuid=(report.card.uuid or "") if report.card is not None else "",
+        driver=report.driver or "",
+        software=report.software,
+        setting=report.setting,
         revision=revision,
         figures=figures,
     )
@@ -117,7 +129,7 @@ class History:
         return [
             other
             for other in self.runs
-            if (other.card, other.uuid, other.quick) == (run.card, run.uuid, run.quick)
+            if all(getattr(other, key) == getattr(run, key) for key in ("card", "uuid", "quick", "setting"))
             and other.began < run.began
             and (theirs := other.figures.get(name)) is not None
             and (theirs.unit, theirs.better) == (mine.unit, mine.better)
@@ -135,7 +147,7 @@ def read(path: Path) -> History:
         return History()
     except OSError as error:
         return History(notes=[f"{path}: {error.strerror}: its runs are not compared with"])
-    runs: dict[tuple[str, float], Past] = {}
+    runs: dict[tuple[str, str, float], Past] = {}
     notes = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -150,7 +162,7 @@ def read(path: Path) -> History:
             )
             notes.append(f"{path}, line {number}: left out ({why})")
         else:
-            runs.setdefault((run.uuid, run.began), run)
+            runs.setdefault((run.tool, run.uuid, run.began), run)
     return History(sorted(runs.values(), key=lambda run: run.began), notes)
 
 
@@ -194,13 +206,13 @@ def baseline(history: History, run: Past, name: str) -> Baseline:
     Only the worse side is bounded: MARGIN of the median, or UNUSUAL standard deviations where the runs varied more.
     """
     mine = run.figures[name]
-    first = [other for other in history.before(run, name) if other.driver == run.driver][:LEARN]
+    first = [other for other in history.before(run, name) if other.under == run.under][:LEARN]
     if len(first) < LEARN:
         return Baseline(len(first), None)
     medians = [other.figures[name].median for other in first]
     middle = statistics.median(medians)
     room = max(MARGIN * middle, UNUSUAL * NORMAL * mad(medians))
-    source = f"baseline of the first {LEARN} runs under driver {run.driver}, median {figure(middle)}"
+    source = f"baseline of the first {LEARN} runs under {run.under}, median {figure(middle)}"
     if mine.better == "higher":
         return Baseline(LEARN, Bounds(max(middle - room, 0.0), None, mine.unit, source))
     return Baseline(LEARN, Bounds(None, middle + room, mine.unit, source))
@@ -213,22 +225,22 @@ class Recent:
     median: float
     mad: float
     runs: int
-    driver: str
+    under: str
     relative: float
     unusual: bool
 
 
 def recent(history: History, run: Past, name: str) -> Recent | None:
-    """The comparison with the last runs under the same driver, else with those under the one before; None: too few."""
+    """The comparison with the last runs under the same versions, else with those under the ones before; None: too few.
+    """
     before = history.before(run, name)
-    drivers = [run.driver, *(other.driver for other in reversed(before) if other.driver != run.driver)]
-    for driver in dict.fromkeys(drivers):
-        medians = [other.figures[name].median for other in before if other.driver == driver][-RECENT:]
+    for under in dict.fromkeys([run.under, *(other.under for other in reversed(before))]):
+        medians = [other.figures[name].median for other in before if other.under == under][-RECENT:]
         if len(medians) >= LEAST_RECENT:
             middle, spread = statistics.median(medians), mad(medians)
             off = run.figures[name].median - middle
             usual = max(NOISE.get(name, 0.0) * abs(middle), UNUSUAL * NORMAL * spread)
-            return Recent(middle, spread, len(medians), driver, off / middle if middle else 0.0, abs(off) > usual)
+            return Recent(middle, spread, len(medians), under, off / middle if middle else 0.0, abs(off) > usual)
     return None
 
 
@@ -242,7 +254,7 @@ class Shift:
     causes: tuple[str, ...]
 
     def __str__(self) -> str:
-        cause = f"with {' and '.join(self.causes)}" if self.causes else "driver and configuration as before"
+        cause = f"with {' and '.join(self.causes)}" if self.causes else "versions and configuration as before"
         return (
             f"{self.change.relative * 100:+.1f} % since the run of {self.first.day} "
             f"({figure(self.change.before)} to {figure(self.change.after)} {self.unit}), {cause}"
@@ -262,6 +274,7 @@ def shifts(history: History, run: Past, name: str) -> list[Shift]:
 def _causes(before: Past, after: Past) -> tuple[str, ...]:
     pairs = {
         "driver": (before.driver, after.driver),
+        "software": (before.software, after.software),
         "configuration": (before.revision, after.revision),
     }
     return tuple(f"{what} {old or 'unknown'} to {new or 'unknown'}" for what, (old, new) in pairs.items() if old != new)

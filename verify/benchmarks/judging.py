@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From what gpubench printed to verdicts: one of the run, one of each metric."""
+"""From what a benchmark printed to verdicts: one of the run, one of each metric."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from inventory.references import Reference
 from verify.benchmarks import changes, history, references
-from verify.benchmarks.contract import METRICS, Gpu, Metric, Report
+from verify.benchmarks.contract import TOOLS, Metric, Report
 from verify.benchmarks.history import History, Past, Recent, Shift
 from verify.benchmarks.intervals import Interval, interval
 from verify.benchmarks.references import OVER_LIMIT, Bounds, Limit, figure
@@ -15,6 +15,13 @@ from verify.verdicts import Verdict
 
 #: There is no output to check.
 UNCHECKED = frozenset({"launch.latency"})
+#: What gpubench measures of the same parts of the card, without a framework.
+BARE = {
+    "pytorch.gemm.tf32": "tensor.tf32",
+    "pytorch.gemm.fp16": "tensor.fp16",
+    "pytorch.gemm.bf16": "tensor.bf16",
+    "pytorch.copy": "memory.copy",
+}
 
 
 @dataclass(frozen=True)
@@ -48,25 +55,28 @@ def overall(report: Report) -> tuple[Verdict, str]:
     verdicts = {"measured": Verdict.PASS, "inconclusive": Verdict.INCONCLUSIVE, "not run": Verdict.NOT_RUN}
     if report.verdict != "measured":
         return verdicts.get(report.verdict, Verdict.FAIL), report.reason
-    card = report.card.name or report.card.pci_id if report.card is not None else ""
-    return Verdict.PASS, f"{len(report.metrics)} metrics of the {card} in {report.duration_s:.0f} s"
+    return Verdict.PASS, f"{len(report.metrics)} metrics of the {report.computed_by} in {report.duration_s:.0f} s"
 
 
-def judge(report: Report, runs: History, revision: str) -> list[Judgement]:
-    """The verdict on each metric of schema 1, in its order. `revision`: that of the configuration under test."""
+def judge(report: Report, runs: History, revision: str, bare: Report | None = None) -> list[Judgement]:
+    """The verdict on each metric of the program, in its order. `revision`: that of the configuration under test; `bare`:
+    what gpubench measured in the same run.
+    """
     now = history.past(report, revision)
     found = []
-    for name in METRICS:
+    for name in TOOLS[report.tool]:
         metric = report.metrics.get(name)
-        if metric is None or report.card is None:
-            reason = report.not_run.get(name) or report.reason or "gpubench gave no figure of it"
+        if metric is None:
+            reason = report.not_run.get(name) or report.reason or f"{report.tool} gave no figure of it"
             found.append(Judgement(name, Verdict.NOT_RUN, f"{name}: {reason}"))
         else:
-            found.append(_judge(name, metric, report, report.card, now, runs))
+            found.append(_judge(name, metric, report, now, runs, bare))
     return found
 
 
-def _judge(name: str, metric: Metric, report: Report, gpu: Gpu, now: Past | None, runs: History) -> Judgement:
+def _judge(
+    name: str, metric: Metric, report: Report, now: Past | None, runs: History, bare: Report | None
+) -> Judgement:
     seen = interval(metric.samples)
     if metric.wrong:
         words = f"{name}: {metric.wrong} values of its output are wrong, so its figure says nothing"
@@ -74,11 +84,12 @@ def _judge(name: str, metric: Metric, report: Report, gpu: Gpu, now: Past | None
     if metric.unit == "errors":
         return _errors(name, metric, seen)
 
-    limit = references.limit(name, gpu, metric)
+    limit = references.limit(name, report.card, metric)
     ratio = seen.median / limit.value if limit is not None else None
-    source = references.reference(gpu, name)
+    source = references.reference(report.card, name) if report.card is not None else None
     levels = changes.levels(metric.samples, noise=references.NOISE[name])
-    remarks = [*_of_limit(metric, limit, ratio), *_of_source(source), *_of_levels(metric, levels)]
+    remarks = [*_of_limit(metric, limit, ratio), *_of_bare(name, seen, bare), *_of_source(source)]
+    remarks += [*_of_levels(metric, levels), *_of_device(report)]
     words = references.measured(name, seen, metric.unit)
 
     def undecided(reason: str) -> Judgement:
@@ -154,6 +165,19 @@ def _of_limit(metric: Metric, limit: Limit | None, ratio: float | None) -> list[
     return found
 
 
+def _of_bare(name: str, seen: Interval, bare: Report | None) -> list[str]:
+    metric = bare.metrics.get(BARE.get(name, "")) if bare is not None else None
+    if metric is None:
+        return []
+    median = interval(metric.samples).median
+    share = seen.median / median * 100
+    return [f"{share:.1f} % of what {BARE[name]} did in this run, {figure(median)} {metric.unit}"]
+
+
+def _of_device(report: Report) -> list[str]:
+    return [f"computed on the CPU, {report.processor}"] if report.device == "cpu" else []
+
+
 def _of_source(source: Reference | None) -> list[str]:
     if source is None or source.reference is None:
         return []
@@ -170,7 +194,7 @@ def _of_history(metric: Metric, latest: Recent | None, shifts: tuple[Shift, ...]
     found = []
     if latest is not None and latest.unusual:
         found.append(
-            f"{latest.relative * 100:+.1f} % against the last {latest.runs} runs under driver {latest.driver} "
+            f"{latest.relative * 100:+.1f} % against the last {latest.runs} runs under {latest.under} "
             f"(median {figure(latest.median)} {metric.unit}, MAD {figure(latest.mad)})"
         )
     if shifts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A run of gpubench on a guest, judged by what its lab measured before."""
+"""A run of a benchmark on a guest, judged by what its lab measured before."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ class Measured:
             history.append(path, past)
 
 
-def measured(printed: Mapping[str, Any], path: Path, revision: str, simulated: str = "") -> Measured:
-    """Judge what gpubench printed. `path`: the lab's history; `revision`: that of the configuration under test.
+def measured(
+    printed: Mapping[str, Any], path: Path, revision: str, simulated: str = "", bare: Report | None = None
+) -> Measured:
+    """Judge what was printed. `path`: the lab's history; `revision`: that of the configuration under test; `bare`: what
+    gpubench measured in the same run, for a framework to be compared with.
 
     Raises:
-        BadReport: gpubench printed something else.
+        BadReport: it is no report of a benchmark.
     """
     report = contract.read(json.dumps(printed))
     runs = history.read(path)
-    judgements = {each.metric: each for each in judging.judge(report, runs, revision)}
+    judgements = {each.metric: each for each in judging.judge(report, runs, revision, bare)}
     return Measured(report, runs, judgements, revision, simulated)

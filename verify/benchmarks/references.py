@@ -29,6 +29,21 @@ NOISE: dict[str, float] = {
     "tensor.int8": 0.02,
     "launch.latency": 0.05,
     "memory.pattern": 0.0,
+    "mps.gain": 0.03,
+    "mps.fairness": 0.03,
+    "mps.share": 0.03,
+    "mps.limit": 0.0,
+    "pytorch.gemm.tf32": 0.02,
+    "pytorch.gemm.fp16": 0.02,
+    "pytorch.gemm.bf16": 0.02,
+    "pytorch.copy": 0.02,
+    "pytorch.vae": 0.03,
+    "ollama.prompt": 0.05,
+    "ollama.generation": 0.05,
+    "milvus.build": 0.10,
+    "milvus.recall": 0.01,
+    "milvus.qps.1": 0.05,
+    "milvus.qps.8": 0.05,
 }
 
 #: A figure that is this much over the card's limit is a mistake of the measurement. Clocks are sampled, not counted.
@@ -111,12 +126,14 @@ def measured(name: str, found: Interval, unit: str) -> str:
     return f"{head}, {share} interval {figure(found.low)} to {figure(found.high)}, of {samples}"
 
 
-def limit(name: str, gpu: Gpu, metric: Metric) -> Limit | None:
+def limit(name: str, gpu: Gpu | None, metric: Metric) -> Limit | None:
     """The most that the card can do at the clocks that it held (its highest, where they were not seen).
 
     gpubench states its own; here it is worked out again from the card's figures, but for the tensor cores, whose
     operations a clock differ between boards of one compute capability.
     """
+    if gpu is None:
+        return None
     if name.startswith("memory.") and metric.unit == "GB/s":
         # Two transfers a clock on each pin: GDDR and HBM alike, as NVML counts their clock.
         clock, held = _clock(metric.memory_mhz, gpu.memory_clock_max_mhz)
