@@ -22,13 +22,13 @@ from inventory import GpulabError, Guest, Lab, Node
 from inventory.cards import Card
 from verify import waivers
 from verify.benchmarks import history
-from verify.benchmarks.contract import BadReport
+from verify.benchmarks.contract import BadReport, Report
 from verify.benchmarks.figures import figures
 from verify.benchmarks.measured import Measured, measured
 from verify.facts import facts
 from verify.observations import READER, Observation, Observations
 from verify.promises import promised, title_of
-from verify.readers import SUBJECTS, Readers, machine
+from verify.readers import SUBJECTS, TIER_1, Readers, machine
 from verify.report import Run, revision, write
 from verify.report.history import Changes
 from verify.report.summary import lines
@@ -40,7 +40,7 @@ from verify.waivers import Waiver
 ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers", "benchmarks")
 ROOM = Path(__file__).parent
 #: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
-PARTS = ("service", "by_token", "share", "figure")
+PARTS = ("service", "by_token", "share", "figure", "mps_figure", "pytorch_figure", "ollama_figure", "milvus_figure")
 #: The subject whose read takes so long that the terminal says so, and for how many seconds.
 SLOW = "gpubench"
 TAKES_S = {"quick": 20, "full": 120}
@@ -57,8 +57,8 @@ WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
 PROMISED = pytest.StashKey[str]()
-#: Each guest's benchmarks, with the observation that they were made of.
-MEASURED = pytest.StashKey[dict[str, tuple[Observation, Measured]]]()
+#: The benchmarks by guest and subject, with the observation that they were made of.
+MEASURED = pytest.StashKey[dict[tuple[str, str], tuple[Observation, Measured]]]()
 #: What is wrong with the histories of benchmarks, a line each.
 UNKEPT = pytest.StashKey[list[str]]()
 #: Set once everything that may be refused was not.
@@ -79,7 +79,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmarks",
         choices=("off", "quick", "full"),
         default="off",
-        help="how much of the GPU benchmarks: none (default), under 20 s, or two minutes, as after a rebuild",
+        help="how much of the benchmarks: none (default), the card in under 20 s, or card and services in minutes, as "
+        "after a rebuild",
     )
     group.addoption(
         "--quick", action="store_const", const="quick", dest="benchmarks", help="the same as --benchmarks quick"
@@ -159,8 +160,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("disruptive")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    if config.getoption("--benchmarks") == "off":
-        left_out = [item for item in items if SLOW in fixtures_of(item)]
+    unwanted = {"off": {SLOW, *TIER_1}, "quick": set(TIER_1)}.get(config.getoption("--benchmarks"), set())
+    if unwanted:
+        left_out = [item for item in items if unwanted & set(fixtures_of(item))]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
     for item in items:
@@ -255,7 +257,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         selection=selection(config),
         facts=facts(config.stash[OBSERVATIONS].known()),
         needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
-        figures=[figure for name, each in benchmarks.items() for figure in figures(name, each)],
+        figures=[figure for (name, _), each in benchmarks.items() for figure in figures(name, each)],
         simulated=sorted({machine(lab, name).simulated for name in config.stash[CHOSEN]} - {""}),
         unexcused=unexcused(lab, config.stash[CHOSEN]),
         exit_status=int(session.exitstatus),
@@ -449,49 +451,52 @@ def guest_sees_gpu(guest: Guest, nvidia: Observation) -> None:
 
 
 @pytest.fixture
-def benchmarks(pytestconfig: pytest.Config, guest: Guest, gpubench: Observation) -> Measured:
-    """The guest's benchmarks, judged."""
-    try:
-        return measured_of(pytestconfig, guest, gpubench)
-    except BadReport as error:
-        inconclusive(f"gpubench printed what is no report of it: {error}")
-
-
-@pytest.fixture
 def pci_tree(pytestconfig: pytest.Config, node: Node) -> Callable[[], Observation]:
     """Reads the node's PCI tree, for a check of its guest that cannot do without."""
     return lambda: pytestconfig.stash[OBSERVATIONS].get(node.name, "hypervisor")
 
 
-def measured_of(config: pytest.Config, guest: Guest, observation: Observation) -> Measured:
+def measured_of(config: pytest.Config, guest: Guest, subject: str, observation: Observation) -> Measured:
     """What is made of that observation, once.
 
     Raises:
-        BadReport: it is no report of gpubench.
+        BadReport: it is no report of a benchmark.
     """
-    known = config.stash[MEASURED]
-    if guest.name not in known or known[guest.name][0] is not observation:
+    known, key = config.stash[MEASURED], (guest.name, subject)
+    if key not in known or known[key][0] is not observation:
         path = history.file_of(config.stash[LAB], guest)
-        known[guest.name] = observation, measured(observation, path, revision(config.rootpath), guest.simulated)
-    return known[guest.name][1]
+        bare = None if subject == SLOW else bare_of(config, guest)
+        known[key] = observation, measured(observation, path, revision(config.rootpath), guest.simulated, bare)
+    return known[key][1]
 
 
-def all_measured(config: pytest.Config) -> dict[str, Measured]:
-    """The benchmarks that this run made, by guest; also those that no check came to look at."""
+def bare_of(config: pytest.Config, guest: Guest) -> Report | None:
+    """What gpubench measured in this run, if it did."""
+    observation = config.stash[OBSERVATIONS].known().get((guest.name, SLOW))
+    if observation is None:
+        return None
+    try:
+        return measured_of(config, guest, SLOW, observation).report
+    except BadReport:
+        return None
+
+
+def all_measured(config: pytest.Config) -> dict[tuple[str, str], Measured]:
+    """The benchmarks that this run made, by guest and subject; also those that no check came to look at."""
     found = {}
     for (host, subject), observation in config.stash[OBSERVATIONS].known().items():
-        if subject == SLOW:
+        if subject in (SLOW, *TIER_1):
             with contextlib.suppress(BadReport):
-                found[host] = measured_of(config, config.stash[LAB].guests[host], observation)
-    return found
+                found[host, subject] = measured_of(config, config.stash[LAB].guests[host], subject, observation)
+    return dict(sorted(found.items(), key=lambda each: SUBJECTS.index(each[0][1])))
 
 
-def keep(lab: Lab, benchmarks: Mapping[str, Measured]) -> list[str]:
+def keep(lab: Lab, benchmarks: Mapping[tuple[str, str], Measured]) -> list[str]:
     """Add each run to its guest's history; lines about those that can't be read or written."""
-    notes = []
-    for name, each in benchmarks.items():
+    notes: list[str] = []
+    for (name, _), each in benchmarks.items():
         path = history.file_of(lab, lab.guests[name])
-        notes += each.runs.notes
+        notes += [note for note in each.runs.notes if note not in notes]
         try:
             each.keep(path)
         except OSError as error:
@@ -538,3 +543,41 @@ api = observation("api")
 vm = observation("vm")
 backup = observation("backup")
 gpubench = observation("gpubench")
+mpsbench = observation("mpsbench")
+torchbench = observation("torchbench")
+ollamabench = observation("ollamabench")
+milvusbench = observation("milvusbench")
+
+
+def judged(config: pytest.Config, guest: Guest, subject: str, found: Observation) -> Measured:
+    """What the figures of a benchmark mean; without a report of it no check can tell."""
+    try:
+        return measured_of(config, guest, subject, found)
+    except BadReport as error:
+        inconclusive(f"{subject} printed what is no report of it: {error}")
+
+
+@pytest.fixture
+def benchmarks(pytestconfig: pytest.Config, guest: Guest, gpubench: Observation) -> Measured:
+    """The card alone, tier 0."""
+    return judged(pytestconfig, guest, "gpubench", gpubench)
+
+
+@pytest.fixture
+def mps_benchmark(pytestconfig: pytest.Config, guest: Guest, mpsbench: Observation) -> Measured:
+    return judged(pytestconfig, guest, "mpsbench", mpsbench)
+
+
+@pytest.fixture
+def pytorch_benchmark(pytestconfig: pytest.Config, guest: Guest, torchbench: Observation) -> Measured:
+    return judged(pytestconfig, guest, "torchbench", torchbench)
+
+
+@pytest.fixture
+def ollama_benchmark(pytestconfig: pytest.Config, guest: Guest, ollamabench: Observation) -> Measured:
+    return judged(pytestconfig, guest, "ollamabench", ollamabench)
+
+
+@pytest.fixture
+def milvus_benchmark(pytestconfig: pytest.Config, guest: Guest, milvusbench: Observation) -> Measured:
+    return judged(pytestconfig, guest, "milvusbench", milvusbench)

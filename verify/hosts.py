@@ -179,8 +179,8 @@ def whole(script: Path) -> str:
     future = "from __future__ import annotations\n"
     parts = []
     text = script.read_text()
-    for line, module in re.findall(r"^(from verify\.(\w+) import .*\n)", text, re.MULTILINE):
-        parts.append((ROOM / f"{module}.py").read_text())
+    for line, module in re.findall(r"^(from verify\.([\w.]+) import .*\n)", text, re.MULTILINE):
+        parts.append((ROOM / f"{module.replace('.', '/')}.py").read_text())
         text = text.replace(line, "")
     return future + "".join(part.replace(future, "") for part in [*parts, text])
 

@@ -20,7 +20,7 @@ from inventory.services import Ollama, Service
 from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENANTS
 from verify.benchmarks import program
 from verify.containers import access, indexes
-from verify.hosts import Connection, Unreachable, Unreadable
+from verify.hosts import Connection, Unreachable, Unreadable, whole
 from verify.vm.api import Api
 
 ROOM = Path(__file__).parent
@@ -42,7 +42,13 @@ SUBJECTS = (
     "vm",
     "backup",
     "gpubench",
+    "mpsbench",
+    "torchbench",
+    "ollamabench",
+    "milvusbench",
 )
+#: The benchmarks of what runs on the card: each as long as the last has to wait for it.
+TIER_1 = ("mpsbench", "torchbench", "ollamabench", "milvusbench")
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What starts a service again that does not answer.
@@ -62,6 +68,8 @@ JOB_S = 150.0
 #: Seconds for the benchmarks: they end by themselves before that. Draining, services stop and start around them.
 BENCH_S = {"quick": 90.0, "full": 180.0}
 DRAIN_S = 900.0
+#: Seconds that a program of tier 1 samples, and about as many more to begin and to end.
+TIER_1_S = 25.0
 
 
 class Readers:
@@ -92,6 +100,10 @@ class Readers:
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
             "backup": self._backup,
             "gpubench": self._gpubench,
+            "mpsbench": self._mpsbench,
+            "torchbench": self._torchbench,
+            "ollamabench": self._ollamabench,
+            "milvusbench": self._milvusbench,
         }
 
     def read(self, host: str, subject: str) -> dict[str, Any]:
@@ -191,8 +203,7 @@ class Readers:
         service = guest.services.pytorch
         if service is None:
             raise Unreadable(f"{guest.name} declares no PyTorch")
-        able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
-        arguments = {"image": service.image, "tenant": able[0] if able else None}
+        arguments = {"image": service.image, "tenant": tenant_for_pytorch(guest)}
         return self._connection(guest).read(ROOM / "containers/pytorch_remote.py", arguments, limit_s=JOB_S)
 
     def _milvus(self, guest: Guest) -> dict[str, Any]:
@@ -240,6 +251,65 @@ class Readers:
                 connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", limit_s)
             return found
 
+    def _mpsbench(self, guest: Guest) -> dict[str, Any]:
+        connection = self._connection(guest)
+        with self._benches[guest.node]:
+            folder = connection.send("gpubench.py", program().encode())
+            arguments = {
+                "program": f"{folder}/gpubench.py",
+                "pipe": PIPE_DIRECTORY,
+                "user": SERVICE_USER,
+                "clients": min(max(len(guest.tenants), 2), 4),
+                "containers": list(guest.services.served()),
+                "limit_s": TIER_1_S,
+            }
+            found = self._measure(guest, "mpsbench.py", arguments)
+            connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
+            return found
+
+    def _torchbench(self, guest: Guest) -> dict[str, Any]:
+        arguments = {
+            "tenant": tenant_for_pytorch(guest),
+            "job": whole(ROOM / "benchmarks/torchjob.py"),
+            "containers": list(guest.services.served()),
+            "limit_s": TIER_1_S,
+        }
+        with self._benches[guest.node]:
+            return self._measure(guest, "torchbench.py", arguments)
+
+    def _ollamabench(self, guest: Guest) -> dict[str, Any]:
+        ollama = guest.services.ollama
+        if ollama is None or not ollama.models:
+            raise Unreadable(f"{guest.name} declares no model of Ollama")
+        arguments = {
+            "port": ollama.port,
+            "model": ollama.models[0].name,
+            "digest": ollama.models[0].digest,
+            "containers": list(guest.services.served()),
+            "limit_s": TIER_1_S,
+        }
+        with self._benches[guest.node]:
+            return self._measure(guest, "ollamabench.py", arguments)
+
+    def _milvusbench(self, guest: Guest) -> dict[str, Any]:
+        milvus = guest.services.milvus
+        if milvus is None or not milvus.indexes:
+            raise Unreadable(f"{guest.name} declares no index of Milvus")
+        arguments = {
+            "port": milvus.port,
+            **indexes.to_be_measured(milvus),
+            "containers": list(guest.services.served()),
+            "limit_s": TIER_1_S,
+        }
+        password = Secrets(guest.state).get(self._lab.node_of(guest).cluster_name, "milvus.root", guest.name)
+        with self._benches[guest.node]:
+            return self._measure(guest, "milvusbench.py", arguments, {"root": password})
+
+    def _measure(self, guest: Guest, script: str, arguments: dict[str, Any], secret: object = None) -> dict[str, Any]:
+        """What a program of tier 1 printed."""
+        found = self._connection(guest).read(ROOM / "benchmarks" / script, arguments, 2 * TIER_1_S + 60, secret)
+        return found
+
     def _ports(self, guest: Guest) -> dict[str, Any]:
         """Which of its services' ports the control machine can open on the guest's address."""
         ports = [port for each in guest.services.served().values() for port in each.ports()]
@@ -263,6 +333,12 @@ class Readers:
             "user": sharing.client(guest).user,
         }
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
+
+
+def tenant_for_pytorch(guest: Guest) -> str | None:
+    """In whose name verify starts a job; None: nobody can."""
+    able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
+    return able[0] if able else None
 
 
 def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: float) -> dict[str, Any]:

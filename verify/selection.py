@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from inventory import Lab
 from inventory.access import BY_TOKEN
 from inventory.budgets import budgets
-from verify.benchmarks.contract import METRICS
+from verify.benchmarks.contract import TOOLS, Tool
 
 
 def limited(lab: Lab, limits: Collection[str]) -> list[str]:
@@ -77,13 +77,28 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
 def parts_of(lab: Lab, host: str, part: str) -> list[str]:
     """What a check that is made once for each part of a guest is about: its served services (`service`), those of them
     that ask for a token (`by_token`), everyone who has a share of its card (`share`), as a check's id names it, or the
-    figures of the benchmarks (`figure`).
+    figures of a benchmark: gpubench's (`figure`) and those of tier 1 (`mps_figure`, `pytorch_figure` ...); a service
+    with nothing to measure has none.
     """
     if part == "figure":
-        return [name for name, (unit, _) in METRICS.items() if unit != "errors"]
-    guest = lab.guests[host]
+        return figures_of("gpubench")
+    if part == "mps_figure":
+        return figures_of("mps")
+    guest, services = lab.guests[host], lab.guests[host].services
+    if part == "pytorch_figure":
+        # TF32 is of the tensor cores.
+        return [name for name in figures_of("pytorch") if guest.gpu is not None or not name.endswith("tf32")]
+    if part == "ollama_figure":
+        return figures_of("ollama") if services.ollama is not None and services.ollama.models else []
+    if part == "milvus_figure":
+        return figures_of("milvus") if services.milvus is not None and services.milvus.indexes else []
     if part == "service":
         return list(guest.services.served())
     if part == "by_token":
         return [name for name in guest.services.served() if name in BY_TOKEN]
     return [budget.key.removeprefix("services.") for budget in budgets(guest)]
+
+
+def figures_of(tool: Tool) -> list[str]:
+    """The metrics that are measured, not counted as errors."""
+    return [name for name, (unit, _) in TOOLS[tool].items() if unit != "errors"]

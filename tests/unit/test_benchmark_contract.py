@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.benchmark_reports import PROCESSOR, of_tier_1,  A4000, metric, printed, report
+from tests.unit.benchmark_reports import A4000, PROCESSOR, metric, of_tier_1, printed, report
 from verify.benchmarks.contract import TOOLS, BadReport, Tool, read
 
 
@@ -42,13 +42,18 @@ def test_report_is_read_as_printed() -> None:
     assert found.metrics["launch.latency"].better == "lower"
 
 
+def whole_numbers(tool: Tool) -> dict[str, float]:
+    """A level of each metric; none of errors."""
+    return {name: 0.0 if unit == "errors" else 3.0 for name, (unit, _) in TOOLS[tool].items()}
+
+
 @pytest.mark.parametrize("tool", list(TOOLS))
 def test_programs_have_metrics_of_their_own(tool: Tool) -> None:
-    found = report(**of_tier_1(tool, dict.fromkeys(TOOLS[tool], 3.0)))
+    found = report(**of_tier_1(tool, whole_numbers(tool)))
 
     assert list(found.metrics) == list(TOOLS[tool])
     other = "gpubench" if tool != "gpubench" else "mps"
-    words = refusal(of_tier_1(other, dict.fromkeys(TOOLS[tool], 3.0)))
+    words = refusal(of_tier_1(other, whole_numbers(tool)))
     assert words == f"the report: expected metrics of {other} in schema 1, got {next(iter(TOOLS[tool]))!r}"
 
 
@@ -113,7 +118,11 @@ SAMPLES = "metrics.memory/triad.samples"
         ("metrics.memory/triad.limit", 0, "metrics.memory.triad.limit: expected greater than 0, got 0"),
         ("metrics.memory/triad.sm_mhz", -5, "metrics.memory.triad.sm_mhz: expected greater than 0, got -5"),
         ("metrics.memory/triad.wrong", -1, "metrics.memory.triad.wrong: expected greater than or equal to 0, got -1"),
-        ("metrics", {"x": metric("memory.copy", [1.0])}, "the report: expected metrics of gpubench in schema 1, got 'x'"),
+        (
+            "metrics",
+            {"x": metric("memory.copy", [1.0])},
+            "the report: expected metrics of gpubench in schema 1, got 'x'",
+        ),
         ("metrics", {}, "the report: expected `metrics` beside verdict 'measured'"),
         ("driver", "", "the report: expected `driver` beside verdict 'measured'"),
         ("card", None, "the report: expected `card` beside verdict 'measured'"),

@@ -11,9 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 SCHEMA = 1
 
-Unit = Literal[
-    "GB/s", "TFLOP/s", "TOP/s", "us", "errors", "samples/s", "tokens/s", "vectors/s", "queries/s", "ratio"
-]
+Unit = Literal["GB/s", "TFLOP/s", "TOP/s", "us", "errors", "samples/s", "tokens/s", "vectors/s", "queries/s", "ratio"]
 Better = Literal["higher", "lower"]
 Tool = Literal["gpubench", "mps", "pytorch", "ollama", "milvus"]
 Identity = Annotated[str, StringConstraints(min_length=1, max_length=100)]

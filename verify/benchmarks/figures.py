@@ -14,6 +14,7 @@ from verify.benchmarks.history import WINDOW, Past
 from verify.benchmarks.judging import Judgement
 from verify.benchmarks.measured import Measured
 from verify.benchmarks.references import Bounds, figure
+from verify.promises import SPELLED
 from verify.report import Figure
 from verify.report.page import SIGNS
 from verify.report.svg import Axis, Bar, bars, line
@@ -41,16 +42,19 @@ ROOM = 0.08
 def figures(host: str, measured: Measured) -> list[Figure]:
     """What a guest's benchmarks look like; none where nothing was measured."""
     report = measured.report
-    if not report.metrics or report.card is None:
+    if not report.metrics:
         return []
-    card = report.card.name or report.card.pci_id
-    about = f"{card}, driver {report.driver}, {'quick' if report.quick else 'full'} run"
+    under = f", driver {report.driver}" if report.driver else ""
+    about = f"{report.computed_by}{under}, {'quick' if report.quick else 'full'} run"
+    if report.software:
+        about = f"{report.software} on {about}, {report.setting}"
     if measured.simulated:
         about = f"SIMULATED ({measured.simulated}): {about}"
     if report.verdict != "measured":
         about += f"; {report.verdict}: {report.reason}"
     found = [*_of_limits(measured.judgements), *_of_history(measured), *_of_telemetry(report.telemetry)]
-    return [Figure(f"{host}: {each.title}", each.svg, f"{about}. {each.note}") for each in found]
+    title = f"{host}: " if report.tool == "gpubench" else f"{host}, {SPELLED.get(report.tool, report.tool)}: "
+    return [Figure(f"{title}{each.title}", each.svg, f"{about}. {each.note}") for each in found]
 
 
 def _of_limits(judgements: Mapping[str, Judgement]) -> list[Figure]:

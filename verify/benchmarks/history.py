@@ -231,8 +231,7 @@ class Recent:
 
 
 def recent(history: History, run: Past, name: str) -> Recent | None:
-    """The comparison with the last runs under the same versions, else with those under the ones before; None: too few.
-    """
+    """The comparison with the last runs under the same versions, else under those before; None: too few."""
     before = history.before(run, name)
     for under in dict.fromkeys([run.under, *(other.under for other in reversed(before))]):
         medians = [other.figures[name].median for other in before if other.under == under][-RECENT:]

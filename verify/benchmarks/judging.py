@@ -59,8 +59,9 @@ def overall(report: Report) -> tuple[Verdict, str]:
 
 
 def judge(report: Report, runs: History, revision: str, bare: Report | None = None) -> list[Judgement]:
-    """The verdict on each metric of the program, in its order. `revision`: that of the configuration under test; `bare`:
-    what gpubench measured in the same run.
+    """The verdict on each metric of the program, in its order.
+
+    `revision`: that of the configuration under test; `bare`: what gpubench measured in the same run.
     """
     now = history.past(report, revision)
     found = []

@@ -23,6 +23,8 @@ BUILT: dict[str, dict[str, str]] = {
     "GPU_BRUTE_FORCE": {},
     "HNSW": {"m": "M", "ef_construction": "efConstruction"},
 }
+#: Numbers of a vector where no collection says it: those of the usual text embeddings.
+DIMENSION = 768
 SEARCHED = {"GPU_CAGRA": "itopk_size", "GPU_IVF_FLAT": "nprobe", "HNSW": "ef"}
 
 
@@ -56,6 +58,19 @@ def to_be_searched(service: Milvus, tenant: str) -> dict[str, dict[str, Any]]:
                 "search": searched(profile),
             }
     return found
+
+
+def to_be_measured(service: Milvus) -> dict[str, Any]:
+    """The index of the first declared collection, else the first that is named: how it is built and searched, and the
+    `dimension` of its vectors.
+    """
+    first = service.collections[0] if service.collections else None
+    profile = service.indexes[first.index] if first is not None else next(iter(service.indexes.values()))
+    return {
+        "dimension": first.dimension if first is not None else DIMENSION,
+        "index": built(profile),
+        "search": searched(profile),
+    }
 
 
 def shown(service: Milvus) -> dict[str, dict[str, Any]]:
