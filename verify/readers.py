@@ -21,6 +21,7 @@ from inventory.sharing import LOG_DIRECTORY, PIPE_DIRECTORY, SERVICE_USER, TENAN
 from verify.benchmarks import program
 from verify.containers import access, indexes
 from verify.hosts import Connection, Unreachable, Unreadable, whole
+from verify.selection import worker
 from verify.vm.api import Api
 
 ROOM = Path(__file__).parent
@@ -203,7 +204,7 @@ class Readers:
         service = guest.services.pytorch
         if service is None:
             raise Unreadable(f"{guest.name} declares no PyTorch")
-        arguments = {"image": service.image, "tenant": tenant_for_pytorch(guest)}
+        arguments = {"image": service.image, "tenant": worker(guest)}
         return self._connection(guest).read(ROOM / "containers/pytorch_remote.py", arguments, limit_s=JOB_S)
 
     def _milvus(self, guest: Guest) -> dict[str, Any]:
@@ -269,7 +270,7 @@ class Readers:
 
     def _torchbench(self, guest: Guest) -> dict[str, Any]:
         arguments = {
-            "tenant": tenant_for_pytorch(guest),
+            "tenant": worker(guest),
             "job": whole(ROOM / "benchmarks/torchjob.py"),
             "containers": list(guest.services.served()),
             "limit_s": TIER_1_S,
@@ -333,12 +334,6 @@ class Readers:
             "user": sharing.client(guest).user,
         }
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
-
-
-def tenant_for_pytorch(guest: Guest) -> str | None:
-    """In whose name verify starts a job; None: nobody can."""
-    able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
-    return able[0] if able else None
 
 
 def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: float) -> dict[str, Any]:

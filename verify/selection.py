@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-from inventory import Lab
+from inventory import Guest, Lab
 from inventory.access import BY_TOKEN
 from inventory.budgets import budgets
 from verify.benchmarks.contract import TOOLS, Tool
@@ -87,7 +87,8 @@ def parts_of(lab: Lab, host: str, part: str) -> list[str]:
     guest, services = lab.guests[host], lab.guests[host].services
     if part == "pytorch_figure":
         # TF32 is of the tensor cores.
-        return [name for name in figures_of("pytorch") if guest.gpu is not None or not name.endswith("tf32")]
+        names = [name for name in figures_of("pytorch") if guest.gpu is not None or not name.endswith("tf32")]
+        return names if worker(guest) is not None else []
     if part == "ollama_figure":
         return figures_of("ollama") if services.ollama is not None and services.ollama.models else []
     if part == "milvus_figure":
@@ -97,6 +98,12 @@ def parts_of(lab: Lab, host: str, part: str) -> list[str]:
     if part == "by_token":
         return [name for name in guest.services.served() if name in BY_TOKEN]
     return [budget.key.removeprefix("services.") for budget in budgets(guest)]
+
+
+def worker(guest: Guest) -> str | None:
+    """The tenant in whose name verify starts a job of PyTorch; None: nobody can start one."""
+    able = [each.name for each in guest.tenants if each.memory_limit_mib and each.may_use("pytorch")]
+    return able[0] if able else None
 
 
 def figures_of(tool: Tool) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.benchmarks.conftest import TINY, Driver
 from verify.benchmarks import history
-from verify.benchmarks.contract import METRICS
+from verify.benchmarks.contract import TOOLS
 from verify.benchmarks.figures import figures
 from verify.benchmarks.measured import measured
 from verify.verdicts import Verdict
@@ -27,7 +27,7 @@ def test_measured_run_is_understood_judged_drawn_and_kept(driver: Driver, tmp_pa
     run = measured(json.loads(done.stdout), path, "a1b2c3d")
 
     judged = {name: each.verdict for name, each in run.judgements.items()}
-    assert judged.keys() == METRICS.keys()
+    assert judged.keys() == TOOLS["gpubench"].keys()
     # The simulated card, an RTX A4000 by its id, has a memory as fast as the real one's and computes on the processor.
     assert {name for name, verdict in judged.items() if verdict is not Verdict.PASS} == {"fp32.fma"}
     assert judged["fp32.fma"] is Verdict.FAIL

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from inventory.packages import DEBIAN_13, TOOLKIT
-from tests.unit.benchmark_reports import metric, printed, report, steady
+from tests.unit.benchmark_reports import metric, of_tier_1, printed, report, steady
 from verify.benchmarks import history
 from verify.conftest import OBSERVATIONS, RESULTS, fixtures_of
 from verify.hosts import Unreachable, Unreadable
@@ -149,6 +149,32 @@ FIGURES = {
 }
 
 
+#: What its services do on it, and how it is shared.
+TIER_1: dict[str, dict[str, float]] = {
+    "mps": {"mps.gain": 1.9, "mps.fairness": 0.99, "mps.share": 0.97},
+    "pytorch": {
+        "pytorch.gemm.tf32": 33.0,
+        "pytorch.gemm.fp16": 62.0,
+        "pytorch.gemm.bf16": 61.5,
+        "pytorch.copy": 385.0,
+        "pytorch.vae": 41000.0,
+    },
+    "ollama": {"ollama.prompt": 2900.0, "ollama.generation": 71.0},
+    "milvus": {"milvus.build": 52000.0, "milvus.recall": 0.985, "milvus.qps.1": 610.0, "milvus.qps.8": 2900.0},
+}
+#: The subject that each is read as.
+READ_AS = {"mps": "mpsbench", "pytorch": "torchbench", "ollama": "ollamabench", "milvus": "milvusbench"}
+
+
+def of_service(tool: str, began: float) -> dict[str, Any]:
+    """What a program of tier 1 prints of that card; synthetic."""
+    found = of_tier_1(tool, TIER_1[tool], began=began)
+    if tool == "mps":
+        found["metrics"]["mps.limit"] = metric("mps.limit", [0.0] * 6)
+        found["series"] = {"mps.share": [[25.0, 0.26], [50.0, 0.51], [75.0, 0.76], [100.0, 1.0]]}
+    return found
+
+
 def benchmarks(began: float) -> dict[str, Any]:
     """What gpubench prints of that card; synthetic."""
     metrics = {name: metric(name, steady(level)) for name, level in FIGURES.items()}
@@ -176,9 +202,11 @@ def lab_file(folder: Path, node: dict[str, Any] | None = None, guest: dict[str, 
     (state / "secrets.json").write_text(json.dumps({"pve1": {"-": {"api_token": TOKEN}}}))
     (state / "secrets.json").chmod(0o600)
     for age in range(5, 0, -1):
-        run = history.past(report(**benchmarks(time.time() - age * 86400)), "a1b2c3d")
-        assert run is not None
-        history.append(state / "benchmarks/pve1/gpu01.jsonl", run)
+        began = time.time() - age * 86400
+        for found in (benchmarks(began), *(of_service(tool, began) for tool in TIER_1)):
+            run = history.past(report(**found), "a1b2c3d")
+            assert run is not None
+            history.append(state / "benchmarks/pve1/gpu01.jsonl", run)
     common = {"state_dir": str(state), "ssh_key": str(folder / "key")}
     hosts = {
         "nodes": [("@node/pve1", {**NODE, **common, **(node or {})})],
@@ -429,6 +457,7 @@ def healthy() -> dict[str, Any]:
         "daemon_reload": disturbed(),
         "engine_restart": disturbed(),
         "gpubench": benchmarks(now),
+        **{READ_AS[tool]: of_service(tool, now) for tool in TIER_1},
         "ollama_load": {"load": {"json": {"done": True}}, "ps": {"json": {"models": [ps_entry(2**30)]}}},
     }
 
@@ -733,7 +762,7 @@ VERIFIED: list[Verified] = []
 def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
     """Run verify inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
-    arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--quick"]
+    arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--benchmarks=full"]
     # The last one would collect garbage ten times a run, for what the tests' own pytest tells as well.
     quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))

@@ -16,19 +16,22 @@ from inventory import Lab
 from tests.verify.healthy import GUEST, Doctored, Verified, benchmarks, healthy, lab_file, unmeasured, verify
 from verify import readers
 from verify.benchmarks import history
-from verify.benchmarks.contract import METRICS
+from verify.benchmarks.contract import TOOLS
 from verify.benchmarks.gpubench import parser
 from verify.hosts import Unreadable
 from verify.observations import Observations
-from verify.readers import Readers
+from verify.readers import TIER_1, Readers
 from verify.verdicts import FAILED, INCOMPLETE, PASSED
 
-IDS = {"benchmarks.gpu.answers", *(f"benchmarks.gpu.{name}" for name in METRICS)}
+IDS = {"benchmarks.gpu.answers", *(f"benchmarks.gpu.{name}" for name in TOOLS["gpubench"])}
+
+#: Lines of the history of a lab that was measured five times, once a program.
+KEPT = 5 * len(TOOLS)
 
 
 def run(lab: Path, found: Any, *options: str) -> Verified:
     """Verify a healthy lab on whose guest gpubench found that."""
-    return verify(lab, *options, plugin=Doctored({**healthy(), "gpubench": found}))
+    return verify(lab, "--quick", *options, plugin=Doctored({**healthy(), "gpubench": found}))
 
 
 def kept(lab: Path) -> list[str]:
@@ -49,7 +52,7 @@ def test_card_in_use_is_inconclusive_and_says_what_to_do(tmp_path: Path) -> None
     assert {result["message"] for result in of_benchmarks(busy)} == {
         "GPU in use by PID 812 milvus; hint: --drain stops the services of gpu01 meanwhile"
     }
-    assert len(kept(lab)) == 5
+    assert len(kept(lab)) == KEPT
 
 
 def test_what_was_drained_in_vain_is_not_to_be_drained(tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_who_comes_later_spoils_what_was_measured(tmp_path: Path) -> None:
     # Its memory kept what was written, whoever looked on.
     assert late.ids("inconclusive") == IDS - {"benchmarks.gpu.memory.pattern"}
     assert "391 GB/s" in late.result("benchmarks.gpu.memory.copy")["message"]
-    assert len(kept(lab)) == 5
+    assert len(kept(lab)) == KEPT
 
 
 def test_wrong_results_fail_in_the_figure_that_has_them(tmp_path: Path) -> None:
@@ -132,9 +135,13 @@ def test_measured_run_is_kept_once(tmp_path: Path, options: list[str]) -> None:
 
     run(lab, benchmarks(2e9), *options)
 
-    assert len(kept(lab)) == 6
+    assert len(kept(lab)) == KEPT + 1
     last = json.loads(kept(lab)[-1])
-    assert (last["began"], last["quick"], set(last["figures"])) == (2e9, True, METRICS.keys() - {"memory.pattern"})
+    assert (last["began"], last["quick"], set(last["figures"])) == (
+        2e9,
+        True,
+        TOOLS["gpubench"].keys() - {"memory.pattern"},
+    )
 
 
 def test_history_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +161,7 @@ def test_torn_line_of_the_history_is_told(tmp_path: Path, capsys: pytest.Capture
 
     run(lab, benchmarks(2e9))
 
-    assert "gpu01.jsonl, line 6: left out (not a whole line of JSON)" in capsys.readouterr().out
+    assert f"gpu01.jsonl, line {KEPT + 1}: left out (not a whole line of JSON)" in capsys.readouterr().out
 
 
 def test_what_is_no_report_is_inconclusive(tmp_path: Path) -> None:
@@ -164,7 +171,7 @@ def test_what_is_no_report_is_inconclusive(tmp_path: Path) -> None:
 
     assert odd.ids("inconclusive") == IDS
     assert "gpubench printed what is no report of it: verdict: expected" in of_benchmarks(odd)[0]["message"]
-    assert len(kept(lab)) == 5
+    assert len(kept(lab)) == KEPT
 
 
 def test_benchmarks_can_be_left_out(tmp_path: Path) -> None:
@@ -182,7 +189,7 @@ def test_terminal_says_that_it_takes_a_while(tmp_path: Path, capsys: pytest.Capt
         verify(lab_file(tmp_path), "-k", "benchmarks", *options, plugin=slow)
         return capsys.readouterr().out
 
-    assert said().count("gpu01: benchmarks, quick, about 20 s\n") == 1
+    assert said("--quick").count("gpu01: benchmarks, quick, about 20 s\n") == 1
     assert said("--benchmarks", "full").count("gpu01: benchmarks, full, about 120 s\n") == 1
     assert said("--benchmarks", "full", "--quick").count("gpu01: benchmarks, quick, about 20 s\n") == 1
 
@@ -350,10 +357,10 @@ def test_run_that_prints_no_result_is_unreadable(
 def test_benchmarks_come_after_all_other_reads_of_their_guest(tmp_path: Path) -> None:
     lab: Lab = inventory.load(lab_file(tmp_path))
 
-    assert readers.SUBJECTS[-1] == "gpubench"
-    assert {Readers(lab).lane("gpu01", subject) for subject in ("nvidia", "ollama_load", "pytorch", "gpubench")} == {
-        "gpu01"
-    }
+    # The card first: what runs on it warms it up, and a service that was stopped for it is back then.
+    measuring = ("gpubench", *TIER_1)
+    assert readers.SUBJECTS[-len(measuring) :] == measuring
+    assert {Readers(lab).lane("gpu01", subject) for subject in ("nvidia", "ollama_load", *measuring)} == {"gpu01"}
 
 
 def test_cards_of_a_node_are_measured_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from tests.verify.healthy import (
     GUEST,
     IDS,
     PASSTHROUGH,
+    READ_AS,
+    TIER_1,
     WORDS,
     Doctored,
     Judged,
@@ -516,6 +518,13 @@ CASES: list[Case] = [
     ("benchmarks.gpu.h2d.pinned", "gpubench.metrics.h2d~pinned.samples", [20.0, 25.0] * 6, set()),
     ("benchmarks.gpu.fp32.fma", "gpubench.metrics.fp32~fma.checked", False, set()),
     ("benchmarks.gpu.memory.copy", "gpubench.metrics.memory~copy.samples", steady(520.0), set()),
+    *[
+        (f"benchmarks.{name}", f"{READ_AS[tool]}.metrics.{name.replace('.', '~')}.{key}", value, set())
+        for tool, levels in TIER_1.items()
+        for name, level in levels.items()
+        for key, value in [("wrong", 1), ("samples", steady(level * 0.4))]
+    ],
+    ("benchmarks.mps.limit", "mpsbench.metrics.mps~limit.samples", [0.0, 1.0, 0.0, 0.0, 0.0, 0.0], set()),
 ]
 
 

@@ -40,7 +40,7 @@ def parts(svg: str, kind: str) -> list[dict[str, str]]:
 
 
 def test_page_has_them_and_stays_valid(tmp_path: Path) -> None:
-    run = verify(lab_file(tmp_path), plugin=Doctored(healthy()))
+    run = verify(lab_file(tmp_path), "--quick", plugin=Doctored(healthy()))
 
     tree = parsed(run.html)
     captions = ["".join(each.itertext()) for each in tree.iter("figcaption")]
@@ -61,7 +61,7 @@ def test_page_has_them_and_stays_valid(tmp_path: Path) -> None:
 def test_nothing_measured_is_nothing_drawn(tmp_path: Path, verdict: str) -> None:
     observations = {**healthy(), "gpubench": unmeasured(verdict, "GPU in use by PID 812 milvus")}
 
-    run = verify(lab_file(tmp_path), plugin=Doctored(observations))
+    run = verify(lab_file(tmp_path), "--quick", plugin=Doctored(observations))
 
     assert "<svg" not in run.html and 'id="benchmarks"' not in run.html
 

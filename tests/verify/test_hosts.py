@@ -16,7 +16,7 @@ from inventory import Node
 from inventory.secrets import Secrets
 from tests.verify.healthy import GUEST, lab_file, verify
 from tests.verify.ssh_server import SshServer
-from verify.benchmarks.contract import METRICS
+from verify.benchmarks.contract import TOOLS
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.readers import Readers
 
@@ -179,7 +179,7 @@ def test_benchmarks_go_over_ssh_as_one_text(tmp_path: Path, server: SshServer, c
 
     readers.close()
     assert found["tool"] == "gpubench" and found["quick"] is True
-    assert found["metrics"].keys() | found["not_run"].keys() == METRICS.keys()
+    assert found["metrics"].keys() | found["not_run"].keys() == TOOLS["gpubench"].keys()
 
 
 def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
