@@ -82,7 +82,13 @@ guests = [
             "healing": {"interval_s": 5, "grace_s": 5},
             # The simulated card runs no code, so MPS' server ends as soon as it starts, and there is nothing to
             # measure; PyTorch is built for the CPU.
-            "expected_not_run": ["nvidia.mps.server", "containers.pytorch.cuda", "benchmarks.gpu.*"],
+            "expected_not_run": [
+                "nvidia.mps.server",
+                "containers.pytorch.cuda",
+                "benchmarks.gpu.*",
+                "benchmarks.mps.*",
+                "benchmarks.pytorch.gemm.tf32",
+            ],
             "registry_ca": _lab["registry_ca"],
             "python_index": _lab["python_index"],
             "services": {

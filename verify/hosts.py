@@ -20,6 +20,8 @@ from testinfra.backend.paramiko import ParamikoBackend
 from inventory import Guest, Node
 
 ROOM = Path(__file__).parent
+#: Has to be the first statement of a program.
+FUTURE = "from __future__ import annotations\n"
 #: Seconds until a host that does not answer is given up.
 CONNECT_S = 10.0
 
@@ -176,13 +178,19 @@ class Connection:
 
 def whole(script: Path) -> str:
     """The text of a script with the modules of verify that it imports in front of it: nothing is installed there."""
-    future = "from __future__ import annotations\n"
-    parts = []
-    text = script.read_text()
-    for line, module in re.findall(r"^(from verify\.([\w.]+) import .*\n)", text, re.MULTILINE):
-        parts.append((ROOM / f"{module.replace('.', '/')}.py").read_text())
-        text = text.replace(line, "")
-    return future + "".join(part.replace(future, "") for part in [*parts, text])
+    parts: dict[Path, str] = {}
+
+    def add(path: Path) -> None:
+        text = path.read_text()
+        for line, module in re.findall(r"^(from verify\.([\w.]+) import .*\n)", text, re.MULTILINE):
+            imported = ROOM / f"{module.replace('.', '/')}.py"
+            if imported not in parts:
+                add(imported)
+            text = text.replace(line, "")
+        parts[path] = text.replace(FUTURE, "")
+
+    add(script)
+    return FUTURE + "".join(parts.values())
 
 
 def private_key(file: str | None) -> paramiko.PKey | None:

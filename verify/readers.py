@@ -170,11 +170,8 @@ class Readers:
 
     def _nvidia(self, guest: Guest) -> dict[str, Any]:
         connection = self._connection(guest)
-        module = importlib.util.find_spec("pynvml")
-        if module is None or module.origin is None:
-            raise ModuleNotFoundError("nvidia-ml-py is not installed here; hint: make setup")
         arguments = {
-            "folder": connection.send("pynvml.py", Path(module.origin).read_bytes()),
+            "folder": connection.send("pynvml.py", pynvml()),
             "packages": [*guest.packages.driver, *TOOLKIT],
             "repositories": [guest.nvidia.repository, guest.nvidia.toolkit_repository],
             "cuda": guest.nvidia.cuda,
@@ -250,66 +247,55 @@ class Readers:
             # While a service is still to be started, systemd needs the program.
             if found.get("verdict") != "failed":
                 connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", limit_s)
+            if self._benchmarks == "full":
+                until_ready(connection, guest)
             return found
 
     def _mpsbench(self, guest: Guest) -> dict[str, Any]:
         connection = self._connection(guest)
-        with self._benches[guest.node]:
-            folder = connection.send("gpubench.py", program().encode())
-            arguments = {
-                "program": f"{folder}/gpubench.py",
-                "pipe": PIPE_DIRECTORY,
-                "user": SERVICE_USER,
-                "clients": min(max(len(guest.tenants), 2), 4),
-                "containers": list(guest.services.served()),
-                "limit_s": TIER_1_S,
-            }
-            found = self._measure(guest, "mpsbench.py", arguments)
+        folder = connection.send("gpubench.py", program().encode())
+        arguments = {
+            "program": f"{folder}/gpubench.py",
+            "pipe": PIPE_DIRECTORY,
+            "user": SERVICE_USER,
+            "clients": min(max(len(guest.tenants), 2), 4),
+        }
+        try:
+            return self._measure(guest, "mpsbench.py", arguments)
+        finally:
             connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
-            return found
 
     def _torchbench(self, guest: Guest) -> dict[str, Any]:
-        arguments = {
-            "tenant": worker(guest),
-            "job": whole(ROOM / "benchmarks/torchjob.py"),
-            "containers": list(guest.services.served()),
-            "limit_s": TIER_1_S,
-        }
-        with self._benches[guest.node]:
-            return self._measure(guest, "torchbench.py", arguments)
+        arguments = {"tenant": worker(guest), "job": whole(ROOM / "benchmarks/torchjob.py")}
+        return self._measure(guest, "torchbench.py", arguments)
 
     def _ollamabench(self, guest: Guest) -> dict[str, Any]:
         ollama = guest.services.ollama
         if ollama is None or not ollama.models:
             raise Unreadable(f"{guest.name} declares no model of Ollama")
-        arguments = {
-            "port": ollama.port,
-            "model": ollama.models[0].name,
-            "digest": ollama.models[0].digest,
-            "containers": list(guest.services.served()),
-            "limit_s": TIER_1_S,
-        }
-        with self._benches[guest.node]:
-            return self._measure(guest, "ollamabench.py", arguments)
+        model = ollama.models[0]
+        return self._measure(
+            guest, "ollamabench.py", {"port": ollama.port, "model": model.name, "digest": model.digest}
+        )
 
     def _milvusbench(self, guest: Guest) -> dict[str, Any]:
         milvus = guest.services.milvus
         if milvus is None or not milvus.indexes:
             raise Unreadable(f"{guest.name} declares no index of Milvus")
-        arguments = {
-            "port": milvus.port,
-            **indexes.to_be_measured(milvus),
-            "containers": list(guest.services.served()),
-            "limit_s": TIER_1_S,
-        }
         password = Secrets(guest.state).get(self._lab.node_of(guest).cluster_name, "milvus.root", guest.name)
-        with self._benches[guest.node]:
-            return self._measure(guest, "milvusbench.py", arguments, {"root": password})
+        arguments = {"port": milvus.port, **indexes.to_be_measured(milvus)}
+        return self._measure(guest, "milvusbench.py", arguments, {"root": password})
 
     def _measure(self, guest: Guest, script: str, arguments: dict[str, Any], secret: object = None) -> dict[str, Any]:
-        """What a program of tier 1 printed."""
-        found = self._connection(guest).read(ROOM / "benchmarks" / script, arguments, 2 * TIER_1_S + 60, secret)
-        return found
+        """What a program of tier 1 printed. One card of a node at a time, as `_gpubench`."""
+        connection = self._connection(guest)
+        folder = connection.send("pynvml.py", pynvml())
+        common = {"folder": folder, "containers": list(guest.services.served()), "limit_s": TIER_1_S}
+        with self._benches[guest.node]:
+            try:
+                return connection.read(ROOM / "benchmarks" / script, common | arguments, 2 * TIER_1_S + 60, secret)
+            finally:
+                connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
 
     def _ports(self, guest: Guest) -> dict[str, Any]:
         """Which of its services' ports the control machine can open on the guest's address."""
@@ -336,6 +322,14 @@ class Readers:
         return self._connection(guest).read(ROOM / "containers/disturb.py", arguments, limit_s=DISTURB_S)
 
 
+def pynvml() -> bytes:
+    """The text of nvidia-ml-py, through which a guest reads NVML."""
+    module = importlib.util.find_spec("pynvml")
+    if module is None or module.origin is None:
+        raise ModuleNotFoundError("nvidia-ml-py is not installed here; hint: make setup")
+    return Path(module.origin).read_bytes()
+
+
 def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: float) -> dict[str, Any]:
     """Run gpubench. Its exit status says what the object that it prints says, too.
 
@@ -350,6 +344,19 @@ def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: flo
     except (TypeError, ValueError):
         last = (stderr.strip().splitlines() or ["no word"])[-1]
         raise Unreadable(f"the {what} ended with exit status {status}: {last}") from None
+
+
+#: Waits for a container to be healthy; words: the engine, its name.
+HEALTHY = """until [ "$("$0" inspect --format '{{.State.Health.Status}}' "$1")" = healthy ]; do sleep 1; done"""
+
+
+def until_ready(connection: Connection, guest: Guest) -> None:
+    """Wait for services that have just been started, each as long as the inventory gives it. Who is not there then says
+    so by itself.
+    """
+    for name, service in guest.services.served().items():
+        command = ["timeout", str(service.ready_s), "sh", "-c", HEALTHY, guest.engine.kind, name]
+        connection.run(f"benchmarks of {guest.name}", command, b"", service.ready_s + PORT_S)
 
 
 def in_use(printed: Mapping[str, Any]) -> bool:

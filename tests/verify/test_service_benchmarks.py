@@ -116,7 +116,7 @@ def test_services_with_nothing_to_measure_have_no_such_checks(tmp_path: Path) ->
     services = {name: dict(each) for name, each in GUEST["services"].items()}
     del services["ollama"]["models"], services["milvus"]["indexes"], services["milvus"]["collections"]
     # Whoever has no limit of memory starts no job.
-    lab = lab_file(tmp_path, guest={"services": services, "tenants": [{"name": "ml"}]})
+    lab = lab_file(tmp_path, guest={"services": services, "tenants": [{"name": "ml", "active_thread_percentage": 60}]})
 
     found = verify(lab, "-k", "benchmarks", plugin=Doctored(healthy()))
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the programs of tier 1 have in common: who computes, who else is on the card, and a report to fill in.
 
-It goes to the guest in front of each of them, so it keeps to the standard library of Python 3.10.
+It goes to the guest in front of each of them, so it keeps to the standard library of Python 3.10; NVML is read through
+`pynvml.py`, which lies in a folder that the control machine made.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-#: Seconds for nvidia-smi or the container engine to answer.
+from verify.nvidia.nvml import asker, processes, text
+
+#: Seconds for the container engine to answer.
 ANSWER_S = 20
 #: MPS' own process on the card.
 MPS_SERVER = "nvidia-cuda-mps-server"
@@ -45,17 +50,22 @@ def report(tool: str, *, software: str = "", setting: str = "") -> dict[str, Any
 
 
 def device(kind: str) -> dict[str, Any]:
-    """The keys of a report that say what computed, `cuda` or `cpu`. The first card, for `cuda`."""
+    """The keys of a report that say what computed, `cuda` or `cpu`: for `cuda` the first card, if NVML knows one."""
     if kind == "cpu":
         return {"device": "cpu", "card": None, "driver": None, "processor": processor()}
-    lines = smi("--query-gpu=name,pci.device_id,uuid,driver_version")
-    if not lines:
-        return {"device": "cuda", "card": None, "driver": None, "processor": ""}
-    name, pci, uuid, driver = (word.strip() for word in lines[0].split(","))
-    # 0x24B010DE: device, then vendor.
-    number = int(pci, 16)
-    card = {"name": name, "pci_id": f"{number & 0xFFFF:04x}:{number >> 16:04x}", "uuid": uuid}
-    return {"device": "cuda", "card": card, "driver": driver, "processor": ""}
+    unknown = {"device": "cuda", "card": None, "driver": None, "processor": ""}
+    with first_card() as card:
+        if card is None:
+            return unknown
+        nvml, handle = card
+        pci = nvml.nvmlDeviceGetPciInfo(handle).pciDeviceId
+        found = {
+            "name": text(nvml.nvmlDeviceGetName(handle)),
+            # Device and vendor in one number, 0x24b010de.
+            "pci_id": f"{pci & 0xFFFF:04x}:{pci >> 16:04x}",
+            "uuid": text(nvml.nvmlDeviceGetUUID(handle)),
+        }
+        return {**unknown, "card": found, "driver": text(nvml.nvmlSystemGetDriverVersion())}
 
 
 def processor() -> str:
@@ -66,26 +76,36 @@ def processor() -> str:
 
 def others(containers: Sequence[str]) -> list[str]:
     """Processes on the card, `PID NAME`, that belong neither to those containers nor to MPS nor to this process."""
-    ours = [each for each in map(container_id, containers) if each]
-    found = []
-    for line in smi("--query-compute-apps=pid,process_name"):
-        pid, _, name = (word.strip() for word in line.partition(","))
-        base = name.rpartition("/")[2]
-        if not pid.isdigit() or int(pid) == os.getpid() or base == MPS_SERVER:
-            continue
-        group = cgroup(int(pid))
-        # A process that has ended meanwhile is on the card no more.
-        if group and not any(each in group for each in ours):
-            found.append(f"PID {pid} {base}")
-    return sorted(found)
+    with first_card() as card:
+        if card is None:
+            return []
+        present = [
+            each for each in processes(asker(*card)) if each["pid"] != os.getpid() and each["name"] != MPS_SERVER
+        ]
+    ours = [each for each in map(container_id, containers) if each] if present else []
+    strangers = [each for each in present if not any(name in each["cgroup"] for name in ours)]
+    return sorted(f"PID {each['pid']} {each['name']}" for each in strangers)
 
 
-def cgroup(pid: int) -> str:
-    """The control groups of a process; empty: it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cgroup").read_text()
-    except OSError:
-        return ""
+@contextmanager
+def first_card() -> Iterator[tuple[Any, Any] | None]:
+    """NVML's module and its handle of the first card; None: there is no driver, or no card."""
+    import pynvml
+
+    with ExitStack() as held:
+        try:
+            pynvml.nvmlInit()
+            held.callback(pynvml.nvmlShutdown)
+            card = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        except pynvml.NVMLError:
+            card = None
+        yield card
+
+
+def nvml_from(folder: str) -> None:
+    """Ask NVML through the `pynvml.py` in that folder."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, folder)
 
 
 def container_id(name: str) -> str:
@@ -98,14 +118,6 @@ def container_id(name: str) -> str:
         if found:
             return found[0]
     return ""
-
-
-def smi(question: str) -> list[str]:
-    """Lines of nvidia-smi's answer; none where it or its driver is not there."""
-    try:
-        return output(["nvidia-smi", question, "--format=csv,noheader,nounits"])
-    except (OSError, subprocess.SubprocessError):
-        return []
 
 
 def output(command: Sequence[str]) -> list[str]:

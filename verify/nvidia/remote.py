@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from verify.grub import grub_entry
+from verify.nvidia.nvml import Question, asker, owner, processes, text, word
 
 CONTROL = "nvidia-cuda-mps-control"
 #: A user that has nothing to do with the GPU.
@@ -319,14 +320,6 @@ def daemons(proc: Path) -> list[int]:
     return sorted(found)
 
 
-def owner(path: Path) -> int | None:
-    """Who a process runs as; None: it is gone."""
-    try:
-        return path.stat().st_uid
-    except OSError:
-        return None
-
-
 def tenants(folder: Path) -> dict[str, dict[str, str]]:
     """The environment in each tenant's profile, as a shell reads it."""
     return {path.stem: variables(word(path) or "") for path in sorted(folder.glob("*.env"))}
@@ -363,21 +356,6 @@ def read_nvml(folder: str, client: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error), "gpus": []}
     finally:
         pynvml.nvmlShutdown()
-
-
-Question = Callable[..., Any]
-
-
-def asker(nvml: Any, handle: Any) -> Question:
-    """Asks about one GPU; None for what it, its driver or its module does not answer."""
-
-    def ask(question: str, *more: Any) -> Any:
-        try:
-            return getattr(nvml, question)(handle, *more)
-        except (nvml.NVMLError, AttributeError):
-            return None
-
-    return ask
 
 
 def gpu(nvml: Any, index: int, client: dict[str, Any]) -> dict[str, Any]:
@@ -420,29 +398,6 @@ def gpu(nvml: Any, index: int, client: dict[str, Any]) -> dict[str, Any]:
 
 def watts(milliwatts: int | None) -> float | None:
     return None if milliwatts is None else milliwatts / 1000
-
-
-def processes(ask: Question) -> list[dict[str, Any]]:
-    """Who computes on the GPU: pid, name, user id, MiB of its memory (None: NVML does not say) and the control group,
-    which holds the id of a container.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    for kind in ("Compute", "MPSCompute", "Graphics"):
-        for process in ask(f"nvmlDeviceGet{kind}RunningProcesses") or []:
-            here = Path(f"/proc/{process.pid}")
-            uid = owner(here)
-            name = os.path.basename((word(here / "cmdline") or "").partition("\0")[0])
-            if uid is None or (process.pid in found and found[process.pid]["memory_mib"] is not None):
-                continue
-            used = getattr(process, "usedGpuMemory", None)
-            found[process.pid] = {
-                "pid": process.pid,
-                "name": name,
-                "uid": uid,
-                "memory_mib": None if used is None else round(used / 2**20),
-                "cgroup": (word(here / "cgroup") or "").rpartition("::")[2],
-            }
-    return list(found.values())
 
 
 def at_work(
@@ -499,19 +454,6 @@ def look(nvml: Any, ask: Question, found: dict[str, Any]) -> None:
     reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
     found["reasons"] = None if reasons is None or found["reasons"] is None else found["reasons"] | reasons
     time.sleep(LOOK_S)
-
-
-def text(value: str | bytes) -> str:
-    """NVML's strings are bytes in some versions of its module."""
-    return value if isinstance(value, str) else value.decode(errors="replace")
-
-
-def word(path: Path) -> str | None:
-    """A file's text without white space around it; None: no such file."""
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
 
 
 def output(command: list[str]) -> str:

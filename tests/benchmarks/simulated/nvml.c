@@ -21,6 +21,7 @@ static int card;
 static int put(char *buffer, unsigned size, const char *text) { return snprintf(buffer, size, "%s", text) >= (int)size ? 7 : 0; }
 
 int nvmlInit_v2(void) { ENTER; return 0; }
+int nvmlInitWithFlags(unsigned flags) { ENTER; return flags ? 2 : 0; }
 int nvmlShutdown(void) { ENTER; return 0; }
 const char *nvmlErrorString(int code) { return code == 18 ? "Driver/library version mismatch" : "Unknown Error"; }
 int nvmlSystemGetDriverVersion(char *buffer, unsigned size) { ENTER; return put(buffer, size, "580.95.05"); }
