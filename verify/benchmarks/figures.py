@@ -17,7 +17,7 @@ from verify.benchmarks.references import Bounds, figure
 from verify.promises import SPELLED
 from verify.report import Figure
 from verify.report.page import SIGNS
-from verify.report.svg import Axis, Bar, bars, line
+from verify.report.svg import Axis, Bar, Roof, bars, line, roofline
 from verify.verdicts import Verdict
 
 #: Class of colour of a verdict on the page.
@@ -35,6 +35,14 @@ REASONS = {
     0x80: "external power brake",
     0x100: "display clocks",
 }
+#: Roofs of the card's arithmetic, by what they are measured with.
+ROOFS = (
+    (("fp32.fma",), "FP32"),
+    (("tensor.tf32",), "TF32"),
+    (("tensor.fp16", "tensor.bf16"), "FP16, BF16"),
+)
+#: FLOP a byte of memory.triad: two operations, two values read and one written, of four bytes each.
+TRIAD = 2 / 12
 #: Room above and below what a chart shows, as a share of it.
 ROOM = 0.08
 
@@ -52,7 +60,12 @@ def figures(host: str, measured: Measured) -> list[Figure]:
         about = f"SIMULATED ({measured.simulated}): {about}"
     if report.verdict != "measured":
         about += f"; {report.verdict}: {report.reason}"
-    found = [*_of_limits(measured.judgements), *_of_history(measured), *_of_telemetry(report.telemetry)]
+    found = [
+        *_of_limits(measured.judgements),
+        *_of_roofs(measured.judgements),
+        *_of_history(measured),
+        *_of_telemetry(report.telemetry),
+    ]
     title = f"{host}: " if report.tool == "gpubench" else f"{host}, {SPELLED.get(report.tool, report.tool)}: "
     return [Figure(f"{title}{each.title}", each.svg, f"{about}. {each.note}") for each in found]
 
@@ -73,6 +86,38 @@ def _of_limits(judgements: Mapping[str, Judgement]) -> list[Figure]:
         "Each figure as a share of what this card could do at the clock that it held; the stroke is the least expected."
     )
     return [Figure("share of the card's own limit", bars(f"Share of the limit: {'; '.join(told)}", rows), note)]
+
+
+def _of_roofs(judgements: Mapping[str, Judgement]) -> list[Figure]:
+    """The roofline model of the card as it was measured: Williams, Waterman and Patterson, CACM 52 (2009) 65."""
+    triad = judgements.get("memory.triad")
+    if triad is None or triad.found is None:
+        return []
+    roofs = [_roof(judgements, names, label) for names, label in ROOFS]
+    known = [each for each in roofs if each is not None]
+    if not known:
+        return []
+    slope = triad.found.median / 1000
+    told = "; ".join(f"{each.label} TFLOP/s" for each in known)
+    title = f"Roofline: {figure(triad.found.median)} GB/s of memory; {told}"
+    labels = (f"memory {figure(triad.found.median)} GB/s", f"triad {figure(slope * TRIAD * 1000)} GFLOP/s")
+    note = (
+        "TFLOP/s against FLOP a byte of memory: a kernel gets no further than the slope, where it waits for memory, "
+        "and its roof. Dashed is what the card could do at the clock that it held."
+    )
+    return [Figure("roofline", roofline(title, slope, known, (TRIAD, slope * TRIAD), labels), note)]
+
+
+def _roof(judgements: Mapping[str, Judgement], names: Sequence[str], label: str) -> Roof | None:
+    """The roof of metrics that share one; None where none of them was measured. The worst verdict is its colour."""
+    there = [judgements[name] for name in names if name in judgements and judgements[name].found is not None]
+    levels = [each.found.median for each in there if each.found is not None]
+    if not levels:
+        return None
+    kinds = {KINDS.get(each.verdict, "odd") for each in there}
+    kind = next(kind for kind in ("bad", "odd", "good") if kind in kinds)
+    limit = there[0].limit.value if there[0].limit is not None else None
+    return Roof(f"{label} {figure(max(levels))}", max(levels), limit, kind)
 
 
 def _of_history(measured: Measured) -> list[Figure]:

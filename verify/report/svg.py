@@ -6,6 +6,7 @@ Each drawing is an image with one text that says what it shows; who can't see it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -42,6 +43,16 @@ class Axis:
     def at(self, value: float) -> float:
         """The place of a value, from 0 to 1; what is beyond an end is put there."""
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Roof:
+    """A level that no figure gets above, from the place where it meets the slope. `limit`: the card's own."""
+
+    label: str
+    level: float
+    limit: float | None
+    kind: str
 
 
 def bars(title: str, rows: Sequence[Bar]) -> str:
@@ -105,6 +116,44 @@ def line(
     text(svg, y.low_label, LEFT - 4, TOP + down, "end")
     text(svg, x.low_label, LEFT, height - 2, "start")
     text(svg, x.high_label, LEFT + across, height - 2, "end")
+    return written(svg)
+
+
+def roofline(title: str, slope: float, roofs: Sequence[Roof], dot: Point, labels: tuple[str, str]) -> str:
+    """Both axes logarithmic: the slope in y per x, below which all lies that memory holds back, the roofs, and a dot.
+
+    `labels`: of the slope and of the dot. What the card could do is dashed.
+    """
+    width, height, x = 392.0, 250.0, Axis(-1.0, 3.5, "", "")
+    top = max(max(each.level, each.limit or 0) for each in roofs)
+    y = Axis(math.log10(slope) + x.low, math.log10(top) + 0.15, "", "")
+    svg = drawing(title, width, height)
+    across, down = width - LEFT - 6, height - TOP - BELOW
+
+    def place(intensity: float, rate: float) -> Point:
+        return LEFT + across * x.at(math.log10(intensity)), TOP + down * (1 - y.at(math.log10(rate)))
+
+    add(svg, "line", "axis", x1=LEFT, x2=LEFT + across, y1=TOP + down, y2=TOP + down)
+    for power in range(math.ceil(x.low), math.floor(x.high) + 1):
+        left = place(10.0**power, top)[0]
+        add(svg, "line", "axis", x1=left, x2=left, y1=TOP + down, y2=TOP + down + 3)
+        text(svg, f"{10.0**power:g}", left, height - 2, "middle")
+    for power in range(math.ceil(y.low), math.floor(y.high) + 1):
+        text(svg, f"{10.0**power:g}", LEFT - 4, place(1.0, 10.0**power)[1] + 3, "end")
+    highest = max(each.level for each in roofs)
+    begin, end = place(10.0**x.low, slope * 10.0**x.low), place(highest / slope, highest)
+    add(svg, "line", "line", x1=begin[0], y1=begin[1], x2=end[0], y2=end[1])
+    for roof in roofs:
+        for level, kind in ((roof.limit, "bound"), (roof.level, f"roof {roof.kind}")):
+            if level is not None:
+                left, level_y = place(level / slope, level)
+                add(svg, "line", kind, x1=left, x2=LEFT + across, y1=level_y, y2=level_y)
+        text(svg, roof.label, LEFT + across, place(1.0, roof.level)[1] + 11, "end")
+    left, dot_y = place(*dot)
+    add(svg, "circle", "line", cx=left, cy=dot_y, r=3)
+    text(svg, labels[1], left + 7, dot_y + 4, "start")
+    middle = place(3.0, slope * 3.0)
+    text(svg, labels[0], middle[0] - 6, middle[1], "end")
     return written(svg)
 
 
