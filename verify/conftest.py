@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import dataclass
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +33,7 @@ from verify.promises import promised, title_of
 from verify.readers import SUBJECTS, Readers, machine
 from verify.report import Run, revision, write
 from verify.report.history import Changes
+from verify.report.run import printable
 from verify.report.summary import lines
 from verify.selection import hosts_for, limited, parts_of
 from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, inconclusive, not_run
@@ -41,9 +44,20 @@ ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers", "benchmarks")
 ROOM = Path(__file__).parent
 #: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
 PARTS = ("service", "by_token", "share", "figure")
-#: The subject whose read takes so long that the terminal says so, and for how many seconds.
-SLOW = "gpubench"
-TAKES_S = {"quick": 20, "full": 120}
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What a read that takes its time is about, and how many seconds of it at each `--benchmarks` that has it."""
+
+    about: str
+    takes_s: Mapping[str, int]
+
+
+#: Subjects that are benchmarks: read where they are asked for, and the terminal says how far they are.
+SLOW = {"gpubench": Slow("benchmarks", {"quick": 20, "full": 120})}
+#: Seconds after which the terminal is told what is new.
+PROGRESS_S = 0.2
 
 LAB = pytest.StashKey[Lab]()
 CHOSEN = pytest.StashKey[Collection[str]]()
@@ -57,6 +71,8 @@ WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
 PROMISED = pytest.StashKey[str]()
+#: Lines about long reads, from the threads that read, to be printed.
+PROGRESS = pytest.StashKey["queue.SimpleQueue[str]"]()
 #: Each guest's benchmarks, with the observation that they were made of.
 MEASURED = pytest.StashKey[dict[str, tuple[Observation, Measured]]]()
 #: What is wrong with the histories of benchmarks, a line each.
@@ -110,6 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     config.stash[LAB], config.stash[CHOSEN] = lab, chosen
     config.stash[RESULTS], config.stash[CHECKS], config.stash[MEASURED] = {}, {}, {}
+    config.stash[PROGRESS] = queue.SimpleQueue()
     config.stash[BEGAN] = time.time()
     # Our own summary says it better: without tracebacks and with what would heal each failure.
     if config.option.tbstyle == "auto":
@@ -159,10 +176,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("disruptive")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    if config.getoption("--benchmarks") == "off":
-        left_out = [item for item in items if SLOW in fixtures_of(item)]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    effort = config.getoption("--benchmarks")
+    unwanted = {name for name, slow in SLOW.items() if effort not in slow.takes_s}
+    left_out = [item for item in items if unwanted.intersection(fixtures_of(item))]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
@@ -191,8 +209,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
     if READER not in config.stash:
-        effort, drain = config.getoption("--benchmarks"), config.getoption("--drain")
-        config.stash[READERS] = readers = Readers(config.stash[LAB], effort, drain)
+        effort, drain, progress = config.getoption("--benchmarks"), config.getoption("--drain"), config.stash[PROGRESS]
+        tell: Callable[[str, str], None] = lambda host, line: progress.put(f"{host}: {line}")  # noqa: E731
+        config.stash[READERS] = readers = Readers(config.stash[LAB], effort, drain, tell)
         config.stash[READER], lane_of = readers.read, readers.lane
     wanted = {(host_of(item) or "", name) for item in session.items for name in fixtures_of(item) if name in SUBJECTS}
     config.stash[OBSERVATIONS] = Observations(config.stash[READER], lane_of)
@@ -480,7 +499,7 @@ def all_measured(config: pytest.Config) -> dict[str, Measured]:
     """The benchmarks that this run made, by guest; also those that no check came to look at."""
     found = {}
     for (host, subject), observation in config.stash[OBSERVATIONS].known().items():
-        if subject == SLOW:
+        if subject == "gpubench":
             with contextlib.suppress(BadReport):
                 found[host] = measured_of(config, config.stash[LAB].guests[host], observation)
     return found
@@ -510,13 +529,27 @@ def say_now(config: pytest.Config, line: str) -> None:
         reporter.flush()
 
 
+def wait_for(config: pytest.Config, host: str, subject: str) -> None:
+    """Wait for a long read; print meanwhile how far it is, and those of other hosts."""
+    observations, progress = config.stash[OBSERVATIONS], config.stash[PROGRESS]
+    if observations.awaits(host, subject):
+        effort, slow = config.getoption("--benchmarks"), SLOW[subject]
+        say_now(config, f"{host}: {slow.about}, {effort}, about {slow.takes_s[effort]} s")
+    waiting = True
+    while waiting:
+        waiting = observations.awaits(host, subject, PROGRESS_S)
+        # What a host prints may hold control characters, which a terminal obeys.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                say_now(config, printable(progress.get_nowait()))
+
+
 def observation(subject: str) -> Callable[..., Observation]:
     """The fixture of a subject: what was read of the host, once a session."""
 
     def read(pytestconfig: pytest.Config, machine_name: str) -> Observation:
-        if subject == SLOW and pytestconfig.stash[OBSERVATIONS].awaits(machine_name, subject):
-            effort = pytestconfig.getoption("--benchmarks")
-            say_now(pytestconfig, f"{machine_name}: benchmarks, {effort}, about {TAKES_S[effort]} s")
+        if subject in SLOW:
+            wait_for(pytestconfig, machine_name, subject)
         return pytestconfig.stash[OBSERVATIONS].get(machine_name, subject)
 
     return pytest.fixture(name=subject)(read)

@@ -1738,8 +1738,10 @@ def stop_services(state: Path, containers: Sequence[str], units: Sequence[str]) 
         os.fsync(file.fileno())
     temporary.replace(state)
     for name in units:
+        say(f"stopping {name}")
         tool("systemctl", "stop", name)
     for name in (name for name, was in before["containers"].items() if was):
+        say(f"stopping {name}")
         tool("docker", "stop", "-t", str(STOP_S), name)
 
 
@@ -1755,6 +1757,7 @@ def start_services(state: Path) -> None:
     starts = [("docker", "start", name) for name, was in before["containers"].items() if was]
     starts += [("systemctl", "start", name) for name, was in reversed(before["units"].items()) if was]
     for command in starts:
+        say(f"starting {command[-1]}")
         try:
             tool(*command)
         except Verdict as error:
