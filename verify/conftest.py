@@ -70,6 +70,8 @@ RUN = pytest.StashKey[tuple[Run, Changes | None]]()
 WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
+#: Items that are made only when they are asked for, and were not.
+LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
 PROMISED = pytest.StashKey[str]()
 #: Lines about long reads, from the threads that read, to be printed.
 PROGRESS = pytest.StashKey["queue.SimpleQueue[str]"]()
@@ -172,15 +174,10 @@ def note_checks(metafunc: pytest.Metafunc, kind: str) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A check of a kind that no chosen host is of would be a skip of pytest's own.
     items[:] = [item for item in items if host_of(item) is not None or "machine_name" not in fixtures_of(item)]
-    if not config.getoption("--disruptive"):
-        left_out = [item for item in items if item.get_closest_marker("disruptive")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-    effort = config.getoption("--benchmarks")
-    unwanted = {name for name, slow in SLOW.items() if effort not in slow.takes_s}
-    left_out = [item for item in items if unwanted.intersection(fixtures_of(item))]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
+    unasked = [item for item in items if not is_asked_for(item)]
+    config.stash[LEFT_OUT] = unasked
+    items[:] = [item for item in items if item not in unasked]
+    config.hook.pytest_deselected(items=unasked)
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
@@ -193,6 +190,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(str(error)) from None
     config.stash[READY] = True
     items.sort(key=lambda item: (ROOMS.index(subject_of(item)), item.path.name))
+
+
+def is_asked_for(item: pytest.Item) -> bool:
+    """Is it a check that is always made, or do the options ask for it?"""
+    if item.get_closest_marker("disruptive") and not item.config.getoption("--disruptive"):
+        return False
+    effort = item.config.getoption("--benchmarks")
+    return all(effort in SLOW[name].takes_s for name in fixtures_of(item) if name in SLOW)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -272,6 +277,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         revision=revision(config.rootpath),
         limits=tuple(config.getoption("--limit")),
         selection=selection(config),
+        left_out=[(host_of(item) or "", check_id(item)) for item in config.stash[LEFT_OUT]],
         facts=facts(config.stash[OBSERVATIONS].known()),
         needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
         figures=[figure for name, each in benchmarks.items() for figure in figures(name, each)],
