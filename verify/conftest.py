@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import dataclass
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,9 +30,10 @@ from verify.benchmarks.measured import Measured, measured
 from verify.facts import facts
 from verify.observations import READER, Observation, Observations
 from verify.promises import promised, title_of
-from verify.readers import SUBJECTS, TIER_1, Readers, machine
+from verify.readers import SUBJECTS, Readers, machine
 from verify.report import Run, revision, write
 from verify.report.history import Changes
+from verify.report.run import printable
 from verify.report.summary import lines
 from verify.selection import hosts_for, limited, parts_of
 from verify.verdicts import INCOMPLETE, Broken, Result, Severity, Undecided, Verdict, exit_status, inconclusive, not_run
@@ -41,9 +44,26 @@ ROOMS = ("hypervisor", "vm", "system", "nvidia", "containers", "benchmarks")
 ROOM = Path(__file__).parent
 #: What a check may ask for in order to be made once for each of a guest's: see selection.parts_of().
 PARTS = ("service", "by_token", "share", "figure", "mps_figure", "pytorch_figure", "ollama_figure", "milvus_figure")
-#: The subject whose read takes so long that the terminal says so, and for how many seconds.
-SLOW = "gpubench"
-TAKES_S = {"quick": 20, "full": 120}
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What a read that takes its time is about, and how many seconds of it at each `--benchmarks` that has it."""
+
+    about: str
+    takes_s: Mapping[str, int]
+
+
+#: Subjects that are benchmarks: read where they are asked for, and the terminal says how far they are.
+SLOW = {
+    "gpubench": Slow("benchmarks", {"quick": 20, "full": 120}),
+    "mpsbench": Slow("benchmarks of MPS", {"full": 30}),
+    "torchbench": Slow("benchmarks of PyTorch", {"full": 30}),
+    "ollamabench": Slow("benchmarks of Ollama", {"full": 30}),
+    "milvusbench": Slow("benchmarks of Milvus", {"full": 30}),
+}
+#: Seconds after which the terminal is told what is new.
+PROGRESS_S = 0.2
 
 LAB = pytest.StashKey[Lab]()
 CHOSEN = pytest.StashKey[Collection[str]]()
@@ -56,7 +76,11 @@ RUN = pytest.StashKey[tuple[Run, Changes | None]]()
 WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
 CHECKS = pytest.StashKey[dict[tuple[str, str], Severity]]()
+#: Items that are made only when they are asked for, and were not.
+LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
 PROMISED = pytest.StashKey[str]()
+#: Lines about long reads, from the threads that read, to be printed.
+PROGRESS = pytest.StashKey["queue.SimpleQueue[str]"]()
 #: The benchmarks by guest and subject, with the observation that they were made of.
 MEASURED = pytest.StashKey[dict[tuple[str, str], tuple[Observation, Measured]]]()
 #: What is wrong with the histories of benchmarks, a line each.
@@ -111,6 +135,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     config.stash[LAB], config.stash[CHOSEN] = lab, chosen
     config.stash[RESULTS], config.stash[CHECKS], config.stash[MEASURED] = {}, {}, {}
+    config.stash[PROGRESS] = queue.SimpleQueue()
     config.stash[BEGAN] = time.time()
     # Our own summary says it better: without tracebacks and with what would heal each failure.
     if config.option.tbstyle == "auto":
@@ -156,15 +181,10 @@ def note_checks(metafunc: pytest.Metafunc, kind: str) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A check of a kind that no chosen host is of would be a skip of pytest's own.
     items[:] = [item for item in items if host_of(item) is not None or "machine_name" not in fixtures_of(item)]
-    if not config.getoption("--disruptive"):
-        left_out = [item for item in items if item.get_closest_marker("disruptive")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-    unwanted = {"off": {SLOW, *TIER_1}, "quick": set(TIER_1)}.get(config.getoption("--benchmarks"), set())
-    if unwanted:
-        left_out = [item for item in items if unwanted & set(fixtures_of(item))]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    unasked = [item for item in items if not is_asked_for(item)]
+    config.stash[LEFT_OUT] = unasked
+    items[:] = [item for item in items if item not in unasked]
+    config.hook.pytest_deselected(items=unasked)
     for item in items:
         if host_of(item) is None or promise(item) is None or severity(item) is None:
             raise pytest.UsageError(f"{item.nodeid}: a check needs @on, @promise and one severity")
@@ -177,6 +197,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(str(error)) from None
     config.stash[READY] = True
     items.sort(key=lambda item: (ROOMS.index(subject_of(item)), item.path.name))
+
+
+def is_asked_for(item: pytest.Item) -> bool:
+    """Is it a check that is always made, or do the options ask for it?"""
+    if item.get_closest_marker("disruptive") and not item.config.getoption("--disruptive"):
+        return False
+    effort = item.config.getoption("--benchmarks")
+    return all(effort in SLOW[name].takes_s for name in fixtures_of(item) if name in SLOW)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -193,8 +221,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     lane_of: Callable[[str, str], str] = lambda host, subject: host  # noqa: E731
     if READER not in config.stash:
-        effort, drain = config.getoption("--benchmarks"), config.getoption("--drain")
-        config.stash[READERS] = readers = Readers(config.stash[LAB], effort, drain)
+        effort, drain, progress = config.getoption("--benchmarks"), config.getoption("--drain"), config.stash[PROGRESS]
+        tell: Callable[[str, str], None] = lambda host, line: progress.put(f"{host}: {line}")  # noqa: E731
+        config.stash[READERS] = readers = Readers(config.stash[LAB], effort, drain, tell)
         config.stash[READER], lane_of = readers.read, readers.lane
     wanted = {(host_of(item) or "", name) for item in session.items for name in fixtures_of(item) if name in SUBJECTS}
     config.stash[OBSERVATIONS] = Observations(config.stash[READER], lane_of)
@@ -255,6 +284,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         revision=revision(config.rootpath),
         limits=tuple(config.getoption("--limit")),
         selection=selection(config),
+        left_out=[(host_of(item) or "", check_id(item)) for item in config.stash[LEFT_OUT]],
         facts=facts(config.stash[OBSERVATIONS].known()),
         needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
         figures=[figure for (name, _), each in benchmarks.items() for figure in figures(name, each)],
@@ -465,18 +495,18 @@ def measured_of(config: pytest.Config, guest: Guest, subject: str, observation: 
     known, key = config.stash[MEASURED], (guest.name, subject)
     if key not in known or known[key][0] is not observation:
         path = history.file_of(config.stash[LAB], guest)
-        bare = None if subject == SLOW else bare_of(config, guest)
+        bare = None if subject == "gpubench" else bare_of(config, guest)
         known[key] = observation, measured(observation, path, revision(config.rootpath), guest.simulated, bare)
     return known[key][1]
 
 
 def bare_of(config: pytest.Config, guest: Guest) -> Report | None:
     """What gpubench measured in this run, if it did."""
-    observation = config.stash[OBSERVATIONS].known().get((guest.name, SLOW))
+    observation = config.stash[OBSERVATIONS].known().get((guest.name, "gpubench"))
     if observation is None:
         return None
     try:
-        return measured_of(config, guest, SLOW, observation).report
+        return measured_of(config, guest, "gpubench", observation).report
     except BadReport:
         return None
 
@@ -485,7 +515,7 @@ def all_measured(config: pytest.Config) -> dict[tuple[str, str], Measured]:
     """The benchmarks that this run made, by guest and subject; also those that no check came to look at."""
     found = {}
     for (host, subject), observation in config.stash[OBSERVATIONS].known().items():
-        if subject in (SLOW, *TIER_1):
+        if subject in SLOW:
             with contextlib.suppress(BadReport):
                 found[host, subject] = measured_of(config, config.stash[LAB].guests[host], subject, observation)
     return dict(sorted(found.items(), key=lambda each: SUBJECTS.index(each[0][1])))
@@ -515,13 +545,27 @@ def say_now(config: pytest.Config, line: str) -> None:
         reporter.flush()
 
 
+def wait_for(config: pytest.Config, host: str, subject: str) -> None:
+    """Wait for a long read; print meanwhile how far it is, and those of other hosts."""
+    observations, progress = config.stash[OBSERVATIONS], config.stash[PROGRESS]
+    if observations.awaits(host, subject):
+        effort, slow = config.getoption("--benchmarks"), SLOW[subject]
+        say_now(config, f"{host}: {slow.about}, {effort}, about {slow.takes_s[effort]} s")
+    waiting = True
+    while waiting:
+        waiting = observations.awaits(host, subject, PROGRESS_S)
+        # What a host prints may hold control characters, which a terminal obeys.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                say_now(config, printable(progress.get_nowait()))
+
+
 def observation(subject: str) -> Callable[..., Observation]:
     """The fixture of a subject: what was read of the host, once a session."""
 
     def read(pytestconfig: pytest.Config, machine_name: str) -> Observation:
-        if subject == SLOW and pytestconfig.stash[OBSERVATIONS].awaits(machine_name, subject):
-            effort = pytestconfig.getoption("--benchmarks")
-            say_now(pytestconfig, f"{machine_name}: benchmarks, {effort}, about {TAKES_S[effort]} s")
+        if subject in SLOW:
+            wait_for(pytestconfig, machine_name, subject)
         return pytestconfig.stash[OBSERVATIONS].get(machine_name, subject)
 
     return pytest.fixture(name=subject)(read)

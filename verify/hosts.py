@@ -8,7 +8,9 @@ import io
 import json
 import re
 import secrets
+import selectors
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ ROOM = Path(__file__).parent
 FUTURE = "from __future__ import annotations\n"
 #: Seconds until a host that does not answer is given up.
 CONNECT_S = 10.0
+#: Bytes that are taken from a stream at once.
+CHUNK = 1 << 16
 
 
 class Unreachable(Exception):
@@ -51,6 +55,8 @@ class StrictBackend(ParamikoBackend):
         self.limit_s = 60.0
         #: What the next command reads: who can list processes sees its words, and nobody this.
         self.stdin = b""
+        #: Is told each line that it prints on stderr, while it runs.
+        self.tell: Callable[[str], None] | None = None
 
     @functools.cached_property
     def client(self) -> paramiko.SSHClient:
@@ -76,14 +82,38 @@ class StrictBackend(ParamikoBackend):
         transport = self.client.get_transport()
         if transport is None:
             raise paramiko.SSHException("the connection is closed")
-        channel = transport.open_session(timeout=CONNECT_S)
-        channel.settimeout(self.limit_s)
-        channel.exec_command(command)
-        channel.sendall(self.stdin)
-        channel.shutdown_write()
-        stdout = b"".join(channel.makefile("rb"))
-        stderr = b"".join(channel.makefile_stderr("rb"))
-        return channel.recv_exit_status(), stdout, stderr
+        with transport.open_session(timeout=CONNECT_S) as channel:
+            channel.settimeout(self.limit_s)
+            channel.exec_command(command)
+            channel.sendall(self.stdin)
+            channel.shutdown_write()
+            stdout, stderr = self._output(channel)
+            return channel.recv_exit_status(), stdout, stderr
+
+    def _output(self, channel: paramiko.Channel) -> tuple[bytes, bytes]:
+        """Stdout and stderr to their ends, whichever comes first: the host waits where one of them is not taken.
+
+        Raises:
+            TimeoutError: neither had anything for `limit_s`.
+        """
+        stdout, stderr, told = bytearray(), bytearray(), 0
+        with selectors.DefaultSelector() as ready:
+            ready.register(channel, selectors.EVENT_READ)
+            while True:
+                if not ready.select(self.limit_s):
+                    raise TimeoutError
+                # Asked before the streams are: nothing comes after the end.
+                ended = channel.eof_received or channel.closed
+                if channel.recv_ready():
+                    stdout += channel.recv(CHUNK)
+                elif channel.recv_stderr_ready():
+                    stderr += channel.recv_stderr(CHUNK)
+                elif ended:
+                    break
+                while self.tell and (end := stderr.find(b"\n", told)) >= 0:
+                    self.tell(stderr[told:end].decode(errors="replace"))
+                    told = end + 1
+        return bytes(stdout), bytes(stderr)
 
 
 class Connection:
@@ -111,11 +141,17 @@ class Connection:
             raise self._refused from error
 
     def read(
-        self, script: Path, arguments: dict[str, Any], limit_s: float = 60.0, secret: object = None
+        self,
+        script: Path,
+        arguments: dict[str, Any],
+        limit_s: float = 60.0,
+        secret: object = None,
+        tell: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Run a Python script of ours on the host, as root, and return the JSON object that it prints.
 
-        `secret` goes over its standard input, as JSON, and so into no list of processes.
+        `secret` goes over its standard input, as JSON, and so into no list of processes. `tell` is called with each
+        line of its stderr as it comes, in this thread.
 
         Raises:
             Unreachable: no connection.
@@ -124,7 +160,7 @@ class Connection:
         what = f"{script.parent.name} of {self.machine.name}"
         command = ["python3", "-I", "-c", whole(script), json.dumps(arguments)]
         stdin = b"" if secret is None else json.dumps(secret).encode()
-        status, stdout, stderr = self.run(what, command, stdin, limit_s)
+        status, stdout, stderr = self.run(what, command, stdin, limit_s, tell)
         if status != 0:
             last = (stderr.strip().splitlines() or [f"exit status {status}"])[-1]
             raise Unreadable(f"reading {what} failed: {last}")
@@ -134,9 +170,16 @@ class Connection:
             raise Unreadable(f"reading {what} gave no JSON: {stdout[:80]!r}") from None
         return found
 
-    def run(self, what: str, command: list[str], stdin: bytes, limit_s: float) -> tuple[int, str, str]:
+    def run(
+        self,
+        what: str,
+        command: list[str],
+        stdin: bytes,
+        limit_s: float,
+        tell: Callable[[str], None] | None = None,
+    ) -> tuple[int, str, str]:
         """Run a command on the host, as root; its exit status and what it printed on stdout and stderr. `what`: is
-        read, for errors.
+        read, for errors. `tell`: as `read`.
 
         Raises:
             Unreachable, Unreadable: as `read`, but for the exit status.
@@ -144,7 +187,7 @@ class Connection:
         self.open()
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
-        self._backend.limit_s, self._backend.stdin = limit_s, stdin
+        self._backend.limit_s, self._backend.stdin, self._backend.tell = limit_s, stdin, tell
         try:
             answer = self.host.run(shlex.join(command))
         except TimeoutError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -65,10 +65,10 @@ class Observations:
         except Unreadable as error:
             not_run(str(error))
 
-    def awaits(self, host: str, subject: str) -> bool:
-        """Would get() have to wait?"""
+    def awaits(self, host: str, subject: str, seconds: float = 0.0) -> bool:
+        """Is it being read, or still to be, after waiting for it for so long? What was not begun is not waited for."""
         future = self._futures.get((host, subject))
-        return future is None or not future.done()
+        return future is not None and bool(wait([future], seconds).not_done)
 
     def known(self) -> dict[tuple[str, str], Observation]:
         """All that has been read by now, by host and subject."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import socket
@@ -48,8 +49,6 @@ SUBJECTS = (
     "ollamabench",
     "milvusbench",
 )
-#: The benchmarks of what runs on the card: each as long as the last has to wait for it.
-TIER_1 = ("mpsbench", "torchbench", "ollamabench", "milvusbench")
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What starts a service again that does not answer.
@@ -76,9 +75,18 @@ TIER_1_S = 25.0
 class Readers:
     """Reads any subject of any host of a lab, over one connection a host and one client an API."""
 
-    def __init__(self, lab: Lab, benchmarks: str = "quick", drain: bool = False) -> None:
-        """`benchmarks`: quick or full; `drain`: stop the services for them where those use the card."""
+    def __init__(
+        self,
+        lab: Lab,
+        benchmarks: str = "quick",
+        drain: bool = False,
+        tell: Callable[[str, str], None] = lambda host, line: None,
+    ) -> None:
+        """`benchmarks`: quick or full; `drain`: stop the services for them where those use the card; `tell`: is called
+        with a host and a line of how far a long read of it is, in the thread that reads.
+        """
         self._lab = lab
+        self._tell = tell
         self._benchmarks, self._drain = benchmarks, drain
         self._benches = {name: threading.Lock() for name in lab.nodes}
         self._lock = threading.Lock()
@@ -237,13 +245,15 @@ class Readers:
         if guest.nvidia.sharing == "mps":
             words += ["--user", SERVICE_USER, "--mps-pipe", PIPE_DIRECTORY]
         connection, limit_s = self._connection(guest), BENCH_S[self._benchmarks]
+        tell = functools.partial(self._tell, guest.name)
         with self._benches[guest.node]:
-            found = bench(connection, ["python3", "-I", "-", *words], program().encode(), limit_s)
+            found = bench(connection, ["python3", "-I", "-", *words], program().encode(), limit_s, tell)
             if not self._drain or not in_use(found):
                 return found
+            tell("services are stopped for the benchmarks, and started again after them")
             folder = connection.send("gpubench.py", program().encode())
             command = ["python3", "-I", f"{folder}/gpubench.py", *words, "--drain", *drained(guest)]
-            found = bench(connection, command, b"", limit_s + DRAIN_S)
+            found = bench(connection, command, b"", limit_s + DRAIN_S, tell)
             # While a service is still to be started, systemd needs the program.
             if found.get("verdict") != "failed":
                 connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", limit_s)
@@ -293,7 +303,13 @@ class Readers:
         common = {"folder": folder, "containers": list(guest.services.served()), "limit_s": TIER_1_S}
         with self._benches[guest.node]:
             try:
-                return connection.read(ROOM / "benchmarks" / script, common | arguments, 2 * TIER_1_S + 60, secret)
+                return connection.read(
+                    ROOM / "benchmarks" / script,
+                    common | arguments,
+                    2 * TIER_1_S + 60,
+                    secret,
+                    functools.partial(self._tell, guest.name),
+                )
             finally:
                 connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
 
@@ -330,14 +346,18 @@ def pynvml() -> bytes:
     return Path(module.origin).read_bytes()
 
 
-def bench(connection: Connection, command: list[str], stdin: bytes, limit_s: float) -> dict[str, Any]:
-    """Run gpubench. Its exit status says what the object that it prints says, too.
+def bench(
+    connection: Connection, command: list[str], stdin: bytes, limit_s: float, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run gpubench; `tell` is called with each line of its progress.
+
+    Its exit status says what the object that it prints says, too.
 
     Raises:
         Unreachable, Unreadable: it did not come to its end, or printed no object.
     """
     what = f"benchmarks of {connection.machine.name}"
-    status, stdout, stderr = connection.run(what, command, stdin, limit_s)
+    status, stdout, stderr = connection.run(what, command, stdin, limit_s, tell)
     try:
         found: dict[str, Any] = json.loads(stdout)
         return dict(found)

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = """
 import sys
 from verify.benchmarks import gpubench
-gpubench.QUICK = gpubench.Effort(TOTAL_S, 0.0, 0.0, 0.0, 0.0001, 2, 2, 256 << 10, 1 << 20)
+gpubench.QUICK = gpubench.Effort(TOTAL_S, 0.0, 0.0, 0.0, 0.0, 0.0001, 2, 2, 256 << 10, 1 << 20)
 gpubench.SETTLE_S = 0
 gpubench.GRACE_S = GRACE
 gpubench.Telemetry.EVERY_S = 0.005

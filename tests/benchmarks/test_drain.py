@@ -68,7 +68,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(tmp_path)
 
 
-def test_timer_goes_first_and_comes_last(world: World) -> None:
+def test_timer_goes_first_and_comes_last(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     gpubench.stop_services(world.state, *OURS)
     assert world.active() == []
     gpubench.start_services(world.state)
@@ -83,6 +83,10 @@ def test_timer_goes_first_and_comes_last(world: World) -> None:
         f"systemctl start {TIMER}",
     ]
     assert not world.state.exists()
+    # Each takes up to a minute.
+    words = [f"stopping {TIMER}", "stopping milvus", "stopping ollama"]
+    words += ["starting milvus", "starting ollama", f"starting {TIMER}"]
+    assert capsys.readouterr().err.splitlines() == words
 
 
 def test_what_was_stopped_before_stays_so(world: World) -> None:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verify.benchmarks.intervals import Stop, interval, least_samples, stop
+from verify.benchmarks import gpubench, intervals
+from verify.benchmarks.intervals import interval, least_samples, stop
 
 figures = st.floats(min_value=1e-3, max_value=1e6)
 series = st.lists(figures, min_size=1, max_size=60)
@@ -157,17 +161,37 @@ def test_interval_covers_the_true_median_at_its_rate(
 def test_sampling_stops_when_the_interval_is_narrower_than_the_noise() -> None:
     steady, noisy = [100.0, 100.1] * 5, [90.0, 110.0] * 5
 
-    assert stop(steady, noise=0.01, elapsed_s=1, limit_s=10) is Stop.PRECISE
-    assert stop(noisy, noise=0.01, elapsed_s=1, limit_s=10) is None
-    assert stop(noisy, noise=0.09, elapsed_s=1, limit_s=10) is None
-    assert stop(noisy, noise=0.1, elapsed_s=1, limit_s=10) is Stop.PRECISE
-    assert stop(noisy, noise=0.01, elapsed_s=10, limit_s=10) is Stop.TIME
+    assert stop(steady, noise=0.01, elapsed_s=1, limit_s=10)
+    assert not stop(noisy, noise=0.01, elapsed_s=1, limit_s=10)
+    assert not stop(noisy, noise=0.09, elapsed_s=1, limit_s=10)
+    assert stop(noisy, noise=0.1, elapsed_s=1, limit_s=10)
+    assert stop(noisy, noise=0.01, elapsed_s=10, limit_s=10)
 
 
 def test_sampling_never_stops_on_too_few_equal_samples() -> None:
-    assert stop([5.0] * 5, noise=0.01, elapsed_s=0, limit_s=1) is None
-    assert stop([], noise=0.01, elapsed_s=0, limit_s=1) is None
-    assert stop([], noise=0.01, elapsed_s=1, limit_s=1) is Stop.TIME
+    assert not stop([5.0] * 5, noise=0.01, elapsed_s=0, limit_s=1)
+    assert not stop([], noise=0.01, elapsed_s=0, limit_s=1)
+    assert stop([], noise=0.01, elapsed_s=1, limit_s=1)
+
+
+def test_module_that_goes_to_guests_keeps_to_their_python_and_its_library() -> None:
+    tree = ast.parse(Path(intervals.__file__).read_text(), feature_version=(3, 10))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+
+    # Newer than 3.10 would be these, of all that it could want.
+    assert names <= sys.stdlib_module_names | {"collections.abc"} and not names & {"enum", "tomllib"}
+
+
+@given(st.lists(st.one_of(figures, st.sampled_from([0.0, 1.0, 2.0])), min_size=1, max_size=520))
+def test_gpubench_has_the_same_interval_in_its_own_words(samples: list[float]) -> None:
+    assert gpubench.half_width(samples) == pytest.approx(interval(samples).half_width, rel=1e-12)
+
+
+def test_gpubench_has_the_same_ranks() -> None:
+    for n in range(1, gpubench.MOST_SAMPLES + 1):
+        found = interval(range(1, n + 1))
+        assert gpubench.rank(n) == (found.low if found.known else 0)
 
 
 def test_width_around_zero_is_no_share_of_it() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from inventory.references import REFERENCES, Reference
 from tests.unit.benchmark_reports import A4000, metric
+from verify.benchmarks import gpubench
 from verify.benchmarks.contract import METRICS, Gpu, Metric
 from verify.benchmarks.intervals import interval
 from verify.benchmarks.references import NOISE, Bounds, limit, measured, reference, sentence, verdict
@@ -54,6 +55,10 @@ def test_table_of_the_documentation_is_the_same() -> None:
         [card, name, cell(row.reference, row.unit), cell(row.low, row.unit)] for card, name, row in ROWS
     ]
     assert all(row.high is None for *_, row in ROWS), "the table says that there is none above"
+
+
+def test_gpubench_samples_until_the_same_noise() -> None:
+    assert {name: each.noise for name, each in gpubench.METRICS.items()} == {name: NOISE[name] for name in METRICS}
 
 
 def test_floors_of_the_a4000_are_those_of_dcgm() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
@@ -33,10 +34,14 @@ def parsed(html: str) -> Element:
     """The page's tree.
 
     Raises:
-        html5lib.html5parser.ParseError: it breaks a rule of HTML.
+        html5lib.html5parser.ParseError: it breaks a rule of HTML's syntax.
+        ValueError: an id stands twice, which no parser minds.
     """
     parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
     tree: Element = parser.parse(html)
+    twice = [name for name, number in Counter(each.get("id") for each in tree.iter()).items() if name and number > 1]
+    if twice:
+        raise ValueError(f"ids that stand twice: {', '.join(twice)}")
     return tree
 
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import tempfile
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from subprocess import PIPE
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import paramiko
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
@@ -48,11 +52,25 @@ class Session(paramiko.ServerInterface):
     @staticmethod
     def execute(channel: paramiko.Channel, command: bytes) -> None:
         given = channel.makefile("rb").read()
-        done = subprocess.run(command, shell=True, input=given, capture_output=True)
-        channel.sendall(done.stdout)
-        channel.sendall_stderr(done.stderr)
-        channel.send_exit_status(done.returncode)
-        channel.close()
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(given)
+            stdin.seek(0)
+            with subprocess.Popen(command, shell=True, stdin=stdin, stdout=PIPE, stderr=PIPE) as process:
+                assert process.stdout is not None and process.stderr is not None
+                # As a real server: what is printed goes out at once, and a stream that nobody takes holds its writer.
+                errors = threading.Thread(target=pass_on, args=(process.stderr, channel.sendall_stderr))
+                errors.start()
+                pass_on(process.stdout, channel.sendall)
+                errors.join()
+            channel.send_exit_status(process.returncode)
+            channel.close()
+
+
+def pass_on(stream: IO[bytes], send: Callable[[bytes], None]) -> None:
+    # A caller that has gone takes nothing more.
+    with suppress(OSError):
+        while chunk := os.read(stream.fileno(), 1 << 16):
+            send(chunk)
 
 
 class SshServer:
@@ -75,10 +93,14 @@ class SshServer:
         threading.Thread(target=self._serve, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        self._socket.close()
+    def drop(self) -> None:
+        """End all connections."""
         for transport in self._transports:
             transport.close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        self._socket.close()
+        self.drop()
 
     def _serve(self) -> None:
         while True:

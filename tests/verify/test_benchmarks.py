@@ -14,13 +14,13 @@ import pytest
 import inventory
 from inventory import Lab
 from tests.verify.healthy import GUEST, Doctored, Verified, benchmarks, healthy, lab_file, unmeasured, verify
-from verify import readers
+from verify import conftest, readers
 from verify.benchmarks import history
 from verify.benchmarks.contract import TOOLS
 from verify.benchmarks.gpubench import parser
 from verify.hosts import Unreadable
 from verify.observations import Observations
-from verify.readers import TIER_1, Readers
+from verify.readers import Readers
 from verify.verdicts import FAILED, INCOMPLETE, PASSED
 
 IDS = {"benchmarks.gpu.answers", *(f"benchmarks.gpu.{name}" for name in TOOLS["gpubench"])}
@@ -194,6 +194,56 @@ def test_terminal_says_that_it_takes_a_while(tmp_path: Path, capsys: pytest.Capt
     assert said("--benchmarks", "full", "--quick").count("gpu01: benchmarks, quick, about 20 s\n") == 1
 
 
+class Telling(Doctored):
+    """Says how far the benchmarks are, and goes on when that was printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+        super().__init__(healthy())
+        self.lines, self.printed, self.waited = lines, threading.Event(), True
+        say_now = conftest.say_now
+
+        def say(config: pytest.Config, line: str) -> None:
+            say_now(config, line)
+            if line.endswith("last"):
+                self.printed.set()
+
+        monkeypatch.setattr(conftest, "say_now", say)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        super().pytest_configure(config)
+        self.progress = config.stash[conftest.PROGRESS]
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        if subject == "gpubench":
+            for line in self.lines:
+                self.progress.put(f"{host}: {line}")
+            self.waited = self.printed.wait(30)
+        return super().read(host, subject)
+
+
+@pytest.mark.parametrize("options", [[], ["-x"], ["-v"], ["-s"]], ids=" ".join)
+def test_terminal_says_how_far_it_is_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    telling = Telling(monkeypatch, "memory.copy: 391 GB/s", "odd \x1b[2J", "last")
+
+    run = verify(lab_file(tmp_path), *options, plugin=telling)
+
+    assert telling.waited and run.status == PASSED
+    said = capsys.readouterr().out.splitlines()
+    first = said.index("gpu01: memory.copy: 391 GB/s")
+    assert said[first : first + 3] == ["gpu01: memory.copy: 391 GB/s", "gpu01: odd \ufffd[2J", "gpu01: last"]
+
+
+def test_nothing_is_printed_of_a_run_without_benchmarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify(lab_file(tmp_path), "--benchmarks", "off", plugin=Telling(monkeypatch, "last"))
+
+    assert "gpu01: " not in capsys.readouterr().out
+
+
 class Slow(Doctored):
     """Answers for the benchmarks a moment after the first check asks."""
 
@@ -238,10 +288,20 @@ class Guestlike:
         self.answers = list(answers)
         self.asked: list[tuple[list[str], bytes, float]] = []
         self.sent: list[tuple[str, bytes]] = []
+        self.told: list[str] = []
 
-    def run(self, what: str, command: list[str], stdin: bytes, limit_s: float) -> tuple[int, str, str]:
+    def run(
+        self,
+        what: str,
+        command: list[str],
+        stdin: bytes,
+        limit_s: float,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> tuple[int, str, str]:
         assert what == "benchmarks of gpu01"
         self.asked.append((command, stdin, limit_s))
+        for line in self.answers[0][2].splitlines():
+            tell(line)
         return self.answers.pop(0)
 
     def send(self, name: str, text: bytes) -> str:
@@ -257,7 +317,7 @@ class Guestlike:
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     def read(guest: Guestlike, effort: str = "quick", drain: bool = False, **keys: Any) -> dict[str, Any]:
         lab = inventory.load(lab_file(tmp_path, guest=keys))
-        made = Readers(lab, effort, drain)
+        made = Readers(lab, effort, drain, lambda host, line: guest.told.append(f"{host}: {line}"))
         monkeypatch.setattr(made, "_connection", lambda host: guest)
         return made.read("gpu01", "gpubench")
 
@@ -316,6 +376,12 @@ def test_drain_stops_what_this_guest_declares_and_only_where_the_card_is_in_use(
     assert (told.drain, told.quick, told.user) == (True, True, "gpulab-gpu")
     assert (told.unit, told.container) == (["gpulab-heal.timer"], ["ollama", "milvus"])
     assert guest.asked[2][0] == ["rm", "-r", "/tmp/there"]
+    measured = "gpu01: memory.copy: 391 GB/s"
+    assert guest.told == [
+        measured,
+        "gpu01: services are stopped for the benchmarks, and started again after them",
+        measured,
+    ]
 
 
 @pytest.mark.parametrize("reason", ["stopped by SIGTERM", "not known whether the GPU is in use: libnvidia-ml.so.1"])
@@ -358,7 +424,7 @@ def test_benchmarks_come_after_all_other_reads_of_their_guest(tmp_path: Path) ->
     lab: Lab = inventory.load(lab_file(tmp_path))
 
     # The card first: what runs on it warms it up, and a service that was stopped for it is back then.
-    measuring = ("gpubench", *TIER_1)
+    measuring = ("gpubench", "mpsbench", "torchbench", "ollamabench", "milvusbench")
     assert readers.SUBJECTS[-len(measuring) :] == measuring
     assert {Readers(lab).lane("gpu01", subject) for subject in ("nvidia", "ollama_load", *measuring)} == {"gpu01"}
 

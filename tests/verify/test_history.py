@@ -66,6 +66,39 @@ def test_check_of_another_host_is_another_check() -> None:
     assert (found.broken, ids(found.added), ids(found.gone)) == ([], ["a"], ["a"])
 
 
+def test_checks_that_are_left_out_come_and_go_without_a_word() -> None:
+    """Daily without the benchmarks, weekly with them."""
+    daily = run_of(result("a"), left_out=[("gpu01", "speed")])
+    weekly = run_of(result("a"), result("speed"))
+
+    assert not history.changes(weekly, daily) and not history.changes(daily, weekly)
+    assert not history.changes(daily, weekly, [daily, weekly])
+    # One of another host, and one that is no longer there, are another thing.
+    assert ids(history.changes(weekly, replace(daily, left_out=[("gpu02", "speed")])).gone) == ["speed"]
+    assert ids(history.changes(replace(daily, left_out=[]), weekly).added) == ["speed"]
+    assert ids(history.changes(daily, run_of(result("a")), [weekly]).gone) == ["speed"]
+
+
+def test_check_that_was_left_out_is_compared_with_the_last_run_that_made_it() -> None:
+    daily = run_of(result("a"), left_out=[("gpu01", "speed")])
+    good, bad = run_of(result("a"), result("speed")), run_of(result("a"), result("speed", Verdict.FAIL))
+
+    assert ids(history.changes(daily, bad, [daily, good, bad]).broken) == ["speed"]
+    assert ids(history.changes(daily, good, [daily, bad, good]).healed) == ["speed"]
+    assert not history.changes(daily, bad, [daily, bad, good])
+    # What the run before it did make is not looked up in older ones.
+    assert not history.changes(good, good, [bad])
+
+
+def test_failing_since_looks_past_runs_that_left_the_check_out() -> None:
+    daily = run_of(result("a"), left_out=[("gpu01", "speed")])
+    bad = [run_of(result("speed", Verdict.FAIL), began=1_795_000_000 - weeks * 604800) for weeks in range(3)]
+
+    when, runs = history.failing_since(bad[0], [daily, bad[1], daily, daily, bad[2], daily])["gpu01", "speed"]
+
+    assert (when, runs) == (bad[2].when, 3)
+
+
 def test_facts_and_revision_that_differ_are_told() -> None:
     before = replace(run_of(revision="1"), facts={"gpu01": {"NVIDIA driver": "580.95.05", "kernel": "6.12"}})
     now = replace(run_of(revision="2"), facts={"gpu01": {"NVIDIA driver": "580.105.08", "Ollama": "0.32"}, "gpu02": {}})
@@ -159,6 +192,36 @@ def test_list_compares_the_runs_that_it_is_given(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out.endswith("    no change\n")
     assert main([str(tmp_path), "20261129T090258Z", "x"]) == 2
     assert f"x: no such run in {tmp_path / 'history'}" in capsys.readouterr().err
+
+
+def test_benchmarks_now_and_then_are_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way: each run with its own choice of them."""
+    lab, slow = lab_file(tmp_path), healthy()
+    slow["gpubench"]["metrics"]["memory.copy"]["wrong"] = 3
+    report = str(tmp_path / "report")
+
+    def said() -> str:
+        out = capsys.readouterr().out
+        assert "checked then" not in out and "no longer checked" not in out
+        return out
+
+    verify(lab, plugin=Doctored(healthy()))
+    daily = verify(lab, "--benchmarks", "off", plugin=Doctored(healthy()))
+    assert ["gpu01", "benchmarks.gpu.memory.copy"] in daily.json["left_out"]
+    assert main([report]) == 0 and said().endswith("    no change\n")
+
+    weekly = verify(lab, plugin=Doctored(slow))
+    assert "    new failures: benchmarks.gpu.memory.copy on gpu01\n" in said()
+    assert "New failures:" in weekly.html
+    assert main([report]) == 0 and "    new failures: benchmarks.gpu.memory.copy on gpu01\n" in said()
+
+    verify(lab, "--benchmarks", "off", "--disruptive", plugin=Doctored(healthy()))
+    # Nobody has looked again.
+    failing = 'gpulab_verify_check{lab="lab",host="gpu01",id="benchmarks.gpu.memory.copy",severity="major"} 0\n'
+    assert failing in (tmp_path / "report/verify.prom").read_text()
+    again = verify(lab, plugin=Doctored(slow))
+    assert "since " + weekly.json["when"] in again.html and ", in 2 runs" in again.html
+    assert "new failures" not in said()
 
 
 def test_list_of_nothing_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,67 @@ def test_read_that_does_not_end_well_says_so(
     connection.close()
 
 
+def test_lines_of_stderr_are_told_while_the_read_goes_on(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    """The host goes on only after its line has arrived."""
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    waits = """
+import json, pathlib, sys, time
+print("Z\u00fcrich: half", "way", file=sys.stderr, flush=True)
+while not pathlib.Path(json.loads(sys.argv[1])["heard"]).exists():
+    time.sleep(0.01)
+sys.stderr.write("done\\nno line")
+print(json.dumps({}))
+"""
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        (tmp_path / "heard").touch()
+
+    assert connection.read(script(tmp_path, waits), {"heard": str(tmp_path / "heard")}, tell=tell) == {}
+
+    assert told == ["Zürich: half way", "done"]
+    # Only who asked is told.
+    connection.read(script(tmp_path, "import sys; print('odd', file=sys.stderr); print('{}')"), {})
+    assert len(told) == 2
+    connection.close()
+
+
+@pytest.mark.parametrize("order", [("stdout", "stderr"), ("stderr", "stdout")])
+def test_neither_stream_holds_up_the_other(
+    tmp_path: Path, server: SshServer, client_key: Path, order: tuple[str, str]
+) -> None:
+    """Each is more than SSH has room for."""
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    size = 3 * paramiko.common.DEFAULT_WINDOW_SIZE
+    text = "import sys\n" + "".join(f"sys.{each}.write('x' * {size}); sys.{each}.flush()\n" for each in order)
+
+    status, stdout, stderr = connection.run("much", ["python3", "-c", text], b"", 20.0)
+
+    assert (status, len(stdout), len(stderr)) == (0, size, size)
+    connection.close()
+
+
+def test_read_that_says_how_far_it_is_may_take_longer(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    talks = (
+        "import sys, time\nfor n in range(12):\n    time.sleep(.25); print(n, file=sys.stderr, flush=True)\nprint('{}')"
+    )
+
+    assert connection.read(script(tmp_path, talks), {}, limit_s=2) == {}
+    connection.close()
+
+
+def test_connection_that_breaks_during_a_read_is_told(tmp_path: Path, client_key: Path) -> None:
+    with SshServer() as server:
+        connection = Connection(node_at(tmp_path, server.port, server.line()))
+        lost = "import sys, time; print('begun', file=sys.stderr, flush=True); time.sleep(3)"
+
+        with pytest.raises(Unreadable, match=f"reading {tmp_path.name} of pve1 failed|the connection broke"):
+            connection.read(script(tmp_path, lost), {}, tell=lambda line: server.drop())
+    connection.close()
+
+
 def test_file_is_sent_into_a_private_folder(tmp_path: Path, server: SshServer, client_key: Path) -> None:
     connection = Connection(node_at(tmp_path, server.port, server.line()))
 
@@ -173,11 +234,14 @@ def test_benchmarks_go_over_ssh_as_one_text(tmp_path: Path, server: SshServer, c
     alone = {**GUEST["nvidia"], "sharing": "time-slice"}
     lab = inventory.load(lab_file(tmp_path, guest={**at, "nvidia": alone}))
     (tmp_path / "state/known_hosts").write_text(server.line())
-    readers = Readers(lab)
+    told: list[tuple[str, str]] = []
+    readers = Readers(lab, tell=lambda host, line: told.append((host, line)))
 
     found = readers.read("gpu01", "gpubench")
 
     readers.close()
+    assert ("gpu01", f"{found['verdict']}: {found['reason']}") in told or found["verdict"] == "measured"
+    assert told
     assert found["tool"] == "gpubench" and found["quick"] is True
     assert found["metrics"].keys() | found["not_run"].keys() == TOOLS["gpubench"].keys()
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from html5lib.html5parser import ParseError
 
 from tests.verify.page import fetches, parsed, text
 from verify.report import history
@@ -50,6 +51,23 @@ def test_page_is_valid_and_fetches_nothing() -> None:
     for html_ in (page(), html(recorded("before")), html(replace(recorded("now"), results=[], facts={}))):
         assert fetches(parsed(html_)) == []
         assert "<script" not in html_ and "url(" not in html_ and "@import" not in html_
+
+
+@pytest.mark.parametrize(
+    ("rule", "replaced", "by"),
+    [
+        ("an element that is not closed", "</section>", ""),
+        ("an attribute that stands twice", "<header ", '<header class="odd" '),
+        ("an id that stands twice", 'id="gpu01"', 'id="pve1"'),
+        ("a bare ampersand", "</h1>", "&odd;</h1>"),
+    ],
+)
+def test_page_that_breaks_a_rule_is_not_valid(rule: str, replaced: str, by: str) -> None:
+    html_ = page()
+    assert replaced in html_
+
+    with pytest.raises((ParseError, ValueError)):
+        parsed(html_.replace(replaced, by, 1))
 
 
 def test_page_follows_the_readers_colours_and_width() -> None:

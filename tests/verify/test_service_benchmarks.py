@@ -130,7 +130,9 @@ class Program:
         self.given: dict[str, tuple[dict[str, Any], object]] = {}
         self.removed: list[list[str]] = []
 
-    def read(self, script: Path, arguments: dict[str, Any], limit_s: float, secret: object = None) -> dict[str, Any]:
+    def read(
+        self, script: Path, arguments: dict[str, Any], limit_s: float, secret: object, tell: object
+    ) -> dict[str, Any]:
         self.given[script.name] = arguments, secret
         return {}
 

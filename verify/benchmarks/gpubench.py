@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import functools
 import json
+import math
 import mmap
 import os
 import pwd
@@ -44,9 +45,12 @@ EXIT = {"measured": 0, "failed": 1, "inconclusive": 3, "not run": 4}
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a run may take. `samples` are the fewest of a metric; `sample_s` is the length that is aimed at."""
+    """How much a run may take. `samples` and `least_s` are the fewest and the shortest of a metric, `metric_s` is the
+    most; `sample_s` is the length of a sample that is aimed at.
+    """
 
     total_s: float
+    least_s: float
     metric_s: float
     pattern_s: float
     warm_s: float
@@ -57,8 +61,9 @@ class Effort:
     transfer: int
 
 
-QUICK = Effort(17.0, 0.4, 1.5, 0.1, 0.005, 6, 2, 256 * MIB, 64 * MIB)
-FULL = Effort(110.0, 4.0, 12.0, 0.5, 0.02, 15, 8, 512 * MIB, 256 * MIB)
+# The least is for clocks to settle under load, and for telemetry to read them more than once.
+QUICK = Effort(17.0, 0.2, 0.6, 1.5, 0.1, 0.005, 6, 2, 256 * MIB, 64 * MIB)
+FULL = Effort(110.0, 1.0, 4.0, 12.0, 0.5, 0.02, 15, 8, 512 * MIB, 256 * MIB)
 MOST_SAMPLES = 500
 
 
@@ -762,6 +767,27 @@ def capability_of(card: Mapping[str, Any]) -> tuple[int, int]:
 # Measuring.
 
 
+@functools.cache
+def rank(n: int) -> int:
+    """The largest k for which the k-th smallest and the k-th largest of n samples hold the true median between them,
+    19 times of 20 at least; 0: so few samples do not.
+    """
+    k = tail = 0
+    # Fewer than k of n fall on one side as often as a fair coin does; there are two sides.
+    while 20 * 2 * (tail := tail + math.comb(n, k)) <= 2**n:
+        k += 1
+    return k
+
+
+def half_width(samples: Sequence[float]) -> float:
+    """Half of the width of the median's 95 % interval, as a share of the median. verify judges by the same interval."""
+    ordered, k = sorted(samples), rank(len(samples))
+    if not k:
+        return math.inf
+    width, median = ordered[-k] - ordered[k - 1], statistics.median(ordered)
+    return width / 2 / abs(median) if median else math.inf if width else 0.0
+
+
 @dataclass
 class Job:
     """A metric ready to run. `once` gives a sample in the metric's unit and `check` counts wrong words of the last."""
@@ -771,7 +797,7 @@ class Job:
     check: Callable[[], int]
     #: Each sample is checked, not the first and the last alone.
     every: bool = True
-    #: The fewest samples and seconds, where the metric has its own.
+    #: The fewest samples, and the time to use up, where the metric has its own.
     samples: int | None = None
     seconds: float | None = None
     warm: bool = True
@@ -909,21 +935,35 @@ class Bench:
             while time.monotonic() < warm:
                 job.once()
             least = self.effort.samples if job.samples is None else job.samples
-            budget = self.effort.metric_s if job.seconds is None else job.seconds
+            least_s, most_s = (self.effort.least_s, self.effort.metric_s) if job.seconds is None else (job.seconds,) * 2
             begin = end = time.monotonic()
-            last = False
-            while not last:
-                now, count = time.monotonic(), len(samples) + 1
-                last = (count >= least and now - begin >= budget) or now > self.deadline or count >= MOST_SAMPLES
-                if job.every or last:
+
+            def enough(count: int) -> bool:
+                now = time.monotonic()
+                if now > self.deadline or count >= MOST_SAMPLES:
+                    return True
+                if count < least or now - begin < least_s:
+                    return False
+                return now - begin >= most_s or half_width(samples) <= metric.noise
+
+            checked = False
+            # The last sample is a checked one. Where it is the one that widens the interval again, it was not the last.
+            while not (checked and enough(len(samples))):
+                checked = job.every or enough(len(samples) + 1)
+                if checked:
                     job.poison()
                 samples.append(job.once())
                 end = time.monotonic()
-                if job.every or last:
+                if checked:
                     wrong += job.check()
                 self.look()
         if len(samples) < least:
             self.notes.append(f"{name}: {len(samples)} samples instead of {least}: the time was up")
+        elif metric.noise and half_width(samples) > metric.noise:
+            self.notes.append(
+                f"{name}: {len(samples)} samples in {end - begin:.1f} s leave an interval wider than "
+                f"{metric.noise * 100:g} % to either side"
+            )
         keys = ("sm_mhz", "memory_mhz", "link_generation", "link_width")
         held = {key: self.telemetry.median(key, begin, end) for key in keys}
         limit, limit_of = metric.limit(self.card, held)
@@ -1307,32 +1347,36 @@ class Metric:
     better: str
     job: Callable[[Bench], AbstractContextManager[Job]]
     limit: Callable[[Mapping[str, Any], Mapping[str, Any]], Limit]
+    #: How far to either side, as a share, its median's interval may reach; the same as in references.py. 0: it is
+    #: counted, not estimated.
+    noise: float
 
 
-def gigabytes(job: Callable[[Bench], AbstractContextManager[Job]], ways: int = 1) -> Metric:
-    return Metric("GB/s", "higher", job, functools.partial(link_limit, ways))
+def gigabytes(job: Callable[[Bench], AbstractContextManager[Job]], noise: float, ways: int = 1) -> Metric:
+    return Metric("GB/s", "higher", job, functools.partial(link_limit, ways), noise)
 
 
 METRICS = {
-    "memory.copy": Metric("GB/s", "higher", memory_copy, memory_limit),
-    "memory.triad": Metric("GB/s", "higher", memory_triad, memory_limit),
-    "h2d.pinned": gigabytes(functools.partial(to_device, True)),
-    "d2h.pinned": gigabytes(functools.partial(to_host, True)),
-    "h2d.pageable": gigabytes(functools.partial(to_device, False)),
-    "d2h.pageable": gigabytes(functools.partial(to_host, False)),
-    "bidirectional.pinned": gigabytes(both_ways, 2),
-    "fp32.fma": Metric("TFLOP/s", "higher", fp32_fma, fp32_limit),
+    "memory.copy": Metric("GB/s", "higher", memory_copy, memory_limit, 0.01),
+    "memory.triad": Metric("GB/s", "higher", memory_triad, memory_limit, 0.01),
+    "h2d.pinned": gigabytes(functools.partial(to_device, True), 0.02),
+    "d2h.pinned": gigabytes(functools.partial(to_host, True), 0.02),
+    "h2d.pageable": gigabytes(functools.partial(to_device, False), 0.05),
+    "d2h.pageable": gigabytes(functools.partial(to_host, False), 0.05),
+    "bidirectional.pinned": gigabytes(both_ways, 0.03, 2),
+    "fp32.fma": Metric("TFLOP/s", "higher", fp32_fma, fp32_limit, 0.02),
     **{
         f"tensor.{name}": Metric(
             "TOP/s" if name == "int8" else "TFLOP/s",
             "higher",
             functools.partial(tensor, name),
             functools.partial(tensor_limit, name),
+            0.02,
         )
         for name in TENSORS
     },
-    "launch.latency": Metric("us", "lower", launch_latency, no_limit),
-    "memory.pattern": Metric("errors", "lower", memory_pattern, no_limit),
+    "launch.latency": Metric("us", "lower", launch_latency, no_limit, 0.05),
+    "memory.pattern": Metric("errors", "lower", memory_pattern, no_limit, 0.0),
 }
 
 
@@ -1694,8 +1738,10 @@ def stop_services(state: Path, containers: Sequence[str], units: Sequence[str]) 
         os.fsync(file.fileno())
     temporary.replace(state)
     for name in units:
+        say(f"stopping {name}")
         tool("systemctl", "stop", name)
     for name in (name for name, was in before["containers"].items() if was):
+        say(f"stopping {name}")
         tool("docker", "stop", "-t", str(STOP_S), name)
 
 
@@ -1711,6 +1757,7 @@ def start_services(state: Path) -> None:
     starts = [("docker", "start", name) for name, was in before["containers"].items() if was]
     starts += [("systemctl", "start", name) for name, was in reversed(before["units"].items()) if was]
     for command in starts:
+        say(f"starting {command[-1]}")
         try:
             tool(*command)
         except Verdict as error:

@@ -25,19 +25,20 @@ __all__ = ["Figure", "Run", "html", "masked", "revision", "secret_words", "write
 def write(run: Run, folder: Path, states: Iterable[Path]) -> tuple[Run, Changes | None]:
     """Write the reports into `folder` and keep the run; secrets kept in `states` are masked, should one be in a text.
 
-    A run of chosen checks leaves the metrics of the last whole run as they are. Returns the run as it was written,
+    A run of chosen checks leaves the metrics of the last whole run as they are, and one that leaves out benchmarks or
+    disruptive checks has what they came to last. Returns the run as it was written,
     and what is new since the one before.
     """
     run = without_secrets(dataclasses.replace(run, folder=folder), secret_words(states))
     past = history.earlier(folder, run.selection)
-    since = history.changes(past[0], run) if past else None
+    since = history.changes(past[0], run, past[1:]) if past else None
     place = history.place(folder, run.began)
     put(folder / "verify.json", json.dumps(run.as_json(), indent=2) + "\n")
     put(folder / "index.html", html(run, since, history.failing_since(run, past)))
     put(folder / "results.jsonl", json_lines(run))
     put(folder / "junit.xml", junit(run))
     if not run.selection:
-        put(folder / "verify.prom", prometheus(run))
+        put(folder / "verify.prom", prometheus(run, history.last(run.left_out, past)))
     for name in ("verify.json", "index.html"):
         shutil.copyfile(folder / name, place / name)
     return run, since

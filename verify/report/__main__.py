@@ -34,15 +34,15 @@ def main(words: list[str]) -> int:
     for name, run in reversed(runs.items()):
         print(line(name, run))
     if given.names:
-        before, now = (runs[name] for name in given.names)
+        (before, now), older = (runs[name] for name in given.names), []
     else:
         now = next(iter(runs.values()))
         same = [run for run in runs.values() if run is not now and run.selection == now.selection]
         if not same:
             return 0
-        before = same[0]
+        before, *older = same
     print(f"\n{now.when} compared with {before.when}:")
-    print("\n".join(news(changes(before, now))[1:]) or "    no change")
+    print("\n".join(news(changes(before, now, older))[1:]) or "    no change")
     return 0
 
 
@@ -55,6 +55,7 @@ def line(name: str, run: Run) -> str:
     )
     rest = [f"revision {run.revision}"] if run.revision else []
     rest += [f"only {run.selection}"] if run.selection else []
+    rest += [f"{len(run.left_out)} left out"] if run.left_out else []
     rest += ["simulated"] if run.stand_ins else []
     return "  ".join([f"{name:18}", f"{run.word:10}", "; ".join([told, *rest])])
 

@@ -45,9 +45,13 @@ class Changes:
         return any((self.broken, self.healed, self.other, self.added, self.gone, self.facts))
 
 
-def changes(before: Run, now: Run) -> Changes:
-    """What is new in `now`."""
-    old = {(result.host, result.id): result for result in before.results}
+def changes(before: Run, now: Run, older: Sequence[Run] = ()) -> Changes:
+    """What is new in `now`.
+
+    A check that `before` left out is compared with the last of the `older` runs, the newest first, that made it; that
+    it is made again, or that `now` leaves it out, is no change.
+    """
+    old = {(result.host, result.id): result for result in [*last(before.left_out, older), *before.results]}
     new = {(result.host, result.id): result for result in now.results}
     both = [(old[key].verdict, result) for key, result in new.items() if key in old]
     differing = [(verdict, result) for verdict, result in both if verdict is not result.verdict]
@@ -59,10 +63,21 @@ def changes(before: Run, now: Run) -> Changes:
         broken=broken,
         healed=healed,
         other=[(verdict, result) for verdict, result in differing if id(result) not in told],
-        added=[result for key, result in new.items() if key not in old],
-        gone=[result for key, result in old.items() if key not in new],
+        added=[result for key, result in new.items() if key not in old and key not in before.left_out],
+        gone=[result for key, result in old.items() if key not in new and key not in now.left_out],
         facts=differing_facts(before, now),
     )
+
+
+def last(keys: Iterable[tuple[str, str]], past: Sequence[Run]) -> list[Result]:
+    """The last result of each of these checks, by host and id, in runs of which the newest is first."""
+    wanted = set(keys)
+    found: dict[tuple[str, str], Result] = {}
+    for run in past:
+        for result in run.results:
+            if (result.host, result.id) in wanted:
+                found.setdefault((result.host, result.id), result)
+    return list(found.values())
 
 
 def differing_facts(before: Run, now: Run) -> list[tuple[str, str, str, str]]:

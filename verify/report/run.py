@@ -45,6 +45,8 @@ class Run:
     limits: tuple[str, ...] = ()
     #: The options that chose a part of the checks (`--limit gpu01 -k milvus`); empty: all were to run.
     selection: str = ""
+    #: Host and id of the checks that are made only when they are asked for (benchmarks, disruptive ones) and were not.
+    left_out: list[tuple[str, str]] = field(default_factory=list)
     simulated: list[str] = field(default_factory=list)
     #: Real guests whose `expected_not_run` is not empty: it excuses nothing.
     unexcused: list[str] = field(default_factory=list)
@@ -88,6 +90,7 @@ class Run:
             "revision": self.revision,
             "limit": list(self.limits),
             "selection": self.selection,
+            "left_out": [list(key) for key in self.left_out],
             "simulated": self.stand_ins,
             "exit_status": self.exit_status,
             "checks": len(self.results),
@@ -123,6 +126,8 @@ class Run:
             ],
             limits=tuple(data["limit"]),
             selection=data["selection"],
+            # Older versions did not tell.
+            left_out=[(host, id_) for host, id_ in data.get("left_out", [])],
             simulated=data["simulated"],
             unexcused=data["unexcused"],
             facts=data["facts"],

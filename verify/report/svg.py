@@ -17,7 +17,7 @@ Point = tuple[float, float]
 #: Units of the drawings are about a pixel each. Room for text to the left of a chart and below it.
 LEFT, BELOW, TOP = 34.0, 14.0, 6.0
 #: A row of a bar chart: its height, and where bar and value begin.
-ROW, BAR, VALUE = 22.0, 122.0, 262.0
+ROW, BAR, VALUE = 22.0, 132.0, 268.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Roof:
 
 def bars(title: str, rows: Sequence[Bar]) -> str:
     """Horizontal bars, one below the other."""
-    width, height = 392.0, ROW * len(rows)
+    width, height = 416.0, ROW * len(rows)
     svg = drawing(title, width, height)
     for number, row in enumerate(rows):
         y = number * ROW
