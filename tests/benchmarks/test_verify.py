@@ -35,6 +35,7 @@ def test_measured_run_is_understood_judged_drawn_and_kept(driver: Driver, tmp_pa
     assert "learning a baseline, run 1 of 5" in run.judgements["h2d.pinned"].sentence
     assert [each.title for each in figures("gpu01", run)] == [
         "gpu01: share of the card's own limit",
+        "gpu01: roofline",
         "gpu01: the last runs",
         "gpu01: the card meanwhile",
     ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inventory.references import REFERENCES, Reference
 from tests.unit.benchmark_reports import A4000, metric
 from verify.benchmarks import gpubench
-from verify.benchmarks.contract import METRICS, Gpu, Metric
+from verify.benchmarks.contract import METRICS, TOOLS, Gpu, Metric
 from verify.benchmarks.intervals import interval
 from verify.benchmarks.references import NOISE, Bounds, limit, measured, reference, sentence, verdict
 from verify.verdicts import Verdict
@@ -58,7 +58,9 @@ def test_table_of_the_documentation_is_the_same() -> None:
 
 
 def test_gpubench_samples_until_the_same_noise() -> None:
-    assert {name: each.noise for name, each in gpubench.METRICS.items()} == {name: NOISE[name] for name in METRICS}
+    assert {name: each.noise for name, each in gpubench.METRICS.items()} == {
+        name: NOISE[name] for name in TOOLS["gpubench"]
+    }
 
 
 def test_floors_of_the_a4000_are_those_of_dcgm() -> None:

@@ -47,13 +47,14 @@ def test_page_has_them_and_stays_valid(tmp_path: Path) -> None:
 
     assert [caption.partition(" NVIDIA")[0] for caption in captions] == [
         "gpu01: share of the card's own limit",
+        "gpu01: roofline",
         "gpu01: the last runs",
         "gpu01: the card meanwhile",
     ]
     assert all("NVIDIA RTX A4000, driver 580.95.05, quick run" in caption for caption in captions)
     assert fetches(tree) == [] and "<script" not in run.html and "url(" not in run.html
     drawings = list(tree.iter(f"{SVG}svg"))
-    assert len(drawings) == 1 + len(FIGURES) + 3
+    assert len(drawings) == 2 + len(FIGURES) + 3
     assert all(each.get("role") == "img" and (each.findtext(f"{SVG}title") or "").strip() for each in drawings)
 
 
@@ -69,7 +70,7 @@ def test_nothing_measured_is_nothing_drawn(tmp_path: Path, verdict: str) -> None
 def test_simulated_figures_are_marked(tmp_path: Path) -> None:
     found = drawn(tmp_path, benchmarks(2e9), simulated="a card of cardboard")
 
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(each.note.startswith("SIMULATED (a card of cardboard): ") for each in found)
 
 
@@ -92,8 +93,36 @@ def test_bar_is_the_share_of_the_limit_and_the_stroke_its_bound(tmp_path: Path) 
     assert (float(mark["x1"]) - float(bad["x"])) / whole == pytest.approx(25.1 * 0.9 / 31.504, rel=0.002)
 
 
+def test_roofline_has_the_slope_of_the_memory_and_the_roofs_of_the_arithmetic(tmp_path: Path) -> None:
+    observations = benchmarks(2e9)
+    observations["metrics"]["fp32.fma"]["samples"] = steady(5.0)
+
+    roofs = drawn(tmp_path, observations)[1]
+
+    (title,) = titles(roofs)
+    assert title == "Roofline: 388 GB/s of memory; FP32 5 TFLOP/s; TF32 35.1 TFLOP/s; FP16, BF16 70.2 TFLOP/s"
+    # Two operations on twelve bytes.
+    assert "triad 64.67 GFLOP/s" in roofs.svg
+    lines = [{key: float(each[key]) for key in ("x1", "x2", "y1", "y2")} for each in parts(roofs.svg, "roof")]
+    fp32, tf32, fp16 = lines
+    assert [each["class"] for each in parts(roofs.svg, "roof")] == ["roof bad", "roof good", "roof good"]
+    # The faster, the higher, and the further to the right it leaves the slope: on one straight line.
+    assert fp32["y1"] > tf32["y1"] > fp16["y1"] and fp32["x1"] < tf32["x1"] < fp16["x1"]
+    rise = [(a["y1"] - b["y1"]) / (b["x1"] - a["x1"]) for a, b in ((fp32, tf32), (tf32, fp16))]
+    assert rise[0] == pytest.approx(rise[1], rel=0.02)
+    (slope,) = [each for each in parts(roofs.svg, "line") if "x1" in each]
+    assert (float(slope["x2"]), float(slope["y2"])) == (fp16["x1"], fp16["y1"])
+
+
+def test_without_the_memory_there_is_no_roofline(tmp_path: Path) -> None:
+    observations = benchmarks(2e9)
+    del observations["metrics"]["memory.triad"]
+
+    assert "roofline" not in " ".join(each.title for each in drawn(tmp_path, observations))
+
+
 def test_history_has_the_runs_before_and_the_band(tmp_path: Path) -> None:
-    runs = drawn(tmp_path, benchmarks(2e9))[1]
+    runs = drawn(tmp_path, benchmarks(2e9))[2]
 
     told = titles(runs)
     assert len(told) == len(FIGURES)
@@ -108,7 +137,7 @@ def test_history_has_the_runs_before_and_the_band(tmp_path: Path) -> None:
 def test_first_run_is_a_point_without_a_band(tmp_path: Path) -> None:
     alone = measured(benchmarks(2e9), tmp_path / "none.jsonl", "abc")
 
-    runs = figures("gpu01", alone)[1]
+    runs = figures("gpu01", alone)[2]
 
     assert "memory.copy, 1 runs" not in runs.svg
     assert "memory.copy, 1 run of 2033-05-18: 391 GB/s; a baseline is being learned; pass" in titles(runs)
@@ -122,7 +151,8 @@ def test_run_that_others_spoiled_draws_no_history(tmp_path: Path) -> None:
 
     found = drawn(tmp_path, spoiled)
 
-    assert [each.title for each in found] == ["gpu01: share of the card's own limit", "gpu01: the card meanwhile"]
+    titles_ = ["gpu01: share of the card's own limit", "gpu01: roofline", "gpu01: the card meanwhile"]
+    assert [each.title for each in found] == titles_
     assert all("inconclusive: GPU in use by PID 9 python" in each.note for each in found)
     assert parts(found[0].svg, "good") == []
 
@@ -136,7 +166,7 @@ def test_telemetry_tells_spans_and_what_held_the_clocks(tmp_path: Path) -> None:
         {"t": 2.1, "sm_mhz": 1560, "power_w": 110.5, "temperature_c": 52, "reasons": None},
     ]
 
-    meanwhile = drawn(tmp_path, found)[2]
+    meanwhile = drawn(tmp_path, found)[3]
 
     assert titles(meanwhile) == ["SM clock over 2 s: 1500 to 1560 MHz", "temperature over 2 s: 50 to 52 °C"]
     assert meanwhile.note.endswith("as a share of the time: power limit 100 %, hardware thermal slowdown 50 %.")
