@@ -15,11 +15,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from verify.benchmarks.host import device, others, report
+from verify.benchmarks.host import device, nvml_from, others, report
 
 PROGRAM = "/usr/local/bin/gpulab-run"
 #: What marks the job's own line among what torch and the image say.
 MARK = "gpulab-torchbench:"
+#: How the names of the metrics begin.
+METRICS = "pytorch."
 #: gpulab-run's word for a tenant whose job runs.
 BUSY = "runs already"
 #: Exit status of what gpulab-run refuses.
@@ -47,7 +49,7 @@ class Job:
 
 def observe(arguments: dict[str, Any]) -> dict[str, Any]:
     """`arguments`: the `tenant` that runs the job (None: nobody can), the text of the `job`, names of the declared
-    services' `containers`, `limit_s` of sampling.
+    services' `containers`, `limit_s` of sampling, the `folder` with pynvml.py.
     """
     began, found = time.monotonic(), report("pytorch")
     found["verdict"], found["reason"] = measure(arguments, found)
@@ -70,6 +72,7 @@ def measure(arguments: dict[str, Any], found: dict[str, Any]) -> tuple[str, str]
         return "failed", f"the job ended with {job.status}: {job.last}"
     found.update(device(job.saw["device"]), software=f"torch {job.saw['torch']}")
     found.update({key: job.saw[key] for key in ("setting", "metrics", "not_run")})
+    found["notes"] += job.saw["notes"]
     if wrong := [f"{name}: {each['wrong']} wrong" for name, each in found["metrics"].items() if each["wrong"]]:
         return "failed", ", ".join(wrong)
     if job.status != 0:
@@ -86,7 +89,10 @@ def in_use(present: list[str]) -> str:
 
 
 def run(tenant: str, text: str, limit_s: float, seed: int) -> Job:
-    """Run the job and pass on what it says to stderr. It is ended after twice `limit_s` and what a start takes."""
+    """Run the job, and pass on to stderr what it says of its metrics.
+
+    It is ended after twice `limit_s` and what a start takes.
+    """
     # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
     longest = int(2 * limit_s) + START_S
@@ -117,7 +123,8 @@ def run(tenant: str, text: str, limit_s: float, seed: int) -> Job:
                     saw = as_json(line[len(MARK) :])
                 else:
                     said.append(line.rstrip())
-                    print(line, end="", file=sys.stderr, flush=True)
+                    if line.startswith(METRICS):
+                        print(line, end="", file=sys.stderr, flush=True)
     finally:
         guard.cancel()
     return Job(process.returncode, saw, said)
@@ -133,4 +140,6 @@ def as_json(text: str) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(observe(json.loads(sys.argv[1]))))
+    given = json.loads(sys.argv[1])
+    nvml_from(given["folder"])
+    print(json.dumps(observe(given)))

@@ -105,6 +105,7 @@ class Bench:
         self.device, self.effort, self.seed = device, effort, seed
         self.metrics: dict[str, dict[str, Any]] = {}
         self.not_run: dict[str, str] = {}
+        self.notes: list[str] = []
 
     def seconds(self, once: Callable[[], None], times: int) -> float:
         """How long so many take one after another: by the card's own clock, or the processor's."""
@@ -158,8 +159,8 @@ class Bench:
             "limit": None,
             "limit_of": "",
         }
-        said = f"{statistics.median(samples):.4g} {unit}, {len(samples)} samples of {times}, {wrong} wrong"
-        print(f"{name} {said}", flush=True)
+        checked = f"{wrong} wrong" if wrong else "checked"
+        print(f"{name}: {statistics.median(samples):.6g} {unit} (median of {len(samples)}, {checked})", flush=True)
 
 
 #: The largest operand, and how many products are left in each sum: with them no result passes 128, so that BF16 has it
@@ -388,7 +389,7 @@ def vae(bench: Bench) -> None:
     )
     last = loss_of(model)
     bench.metrics["pytorch.vae"]["wrong"] += (first != again) + (not last < first)
-    print(f"pytorch.vae: loss {first:.4g}, again {again:.4g}, after {taken} steps {last:.4g}", flush=True)
+    bench.notes.append(f"pytorch.vae: loss {first:.6g}, of a twin {again:.6g}, after {taken} steps {last:.6g}")
 
 
 def setting(bench: Bench) -> str:
@@ -438,7 +439,7 @@ def measured(arguments: dict[str, Any]) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError as error:
         # Sizes fit the share, so that others have the memory.
         found["no_memory"] = str(error).splitlines()[0]
-    return {**found, "metrics": bench.metrics, "not_run": bench.not_run}
+    return {**found, "metrics": bench.metrics, "not_run": bench.not_run, "notes": bench.notes}
 
 
 if __name__ == "__main__":
