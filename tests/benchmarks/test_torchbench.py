@@ -21,6 +21,7 @@ import pytest
 
 from verify.benchmarks import contract, references, torchbench
 from verify.hosts import whole
+from verify.readers import pynvml
 
 FOLDER = Path(torchbench.__file__).parent
 MAIN = 'if __name__ == "__main__":'
@@ -49,6 +50,7 @@ SAW = {
     "setting": "matrices of 384 rows",
     "metrics": {"pytorch.gemm.fp16": METRIC},
     "not_run": {},
+    "notes": ["pytorch.vae: loss 2, of a twin 2, after 9 steps 1"],
 }
 
 
@@ -207,8 +209,15 @@ def test_only_the_end_of_what_was_said_is_told(guest: Guest) -> None:
 
 def test_stand_in_of_an_image_is_noted(guest: Guest) -> None:
     said = "pytorch: simulated: a real PyTorch, built for the CPU"
-    guest.prints(SAW, then=f"print({said!r}, file=sys.stderr)")
-    assert guest.run()["notes"] == [said]
+    guest.prints(SAW, then=f"print({said!r})")
+    assert guest.run()["notes"] == [said, *SAW["notes"]]
+
+
+def test_terminal_hears_of_metrics_alone(guest: Guest, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "pytorch.copy: 30 GB/s (median of 6, checked)"
+    guest.does(f"print('UserWarning: old'); print({line!r}); print(mark + {json.dumps(SAW)!r})")
+    guest.run()
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_gpulab_run_that_hangs_is_ended(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +228,16 @@ def test_gpulab_run_that_hangs_is_ended(guest: Guest, monkeypatch: pytest.Monkey
     assert (found["verdict"], found["reason"]) == ("failed", "the job ended with -15: waiting for the engine")
 
 
-def test_program_goes_to_the_guest_as_one_text() -> None:
-    text, arguments = whole(FOLDER / "torchbench.py"), {"tenant": None, "job": "", "containers": [], "limit_s": 5}
-    words = [sys.executable, "-I", "-c", text, json.dumps(arguments)]
+def test_program_goes_to_the_guest_as_one_text(guest: Guest) -> None:
+    """Nothing is installed there but Python; NVML is read through a file that is sent, too."""
+    guest.prints(SAW)
+    text = whole(FOLDER / "torchbench.py").replace("/usr/local/bin/gpulab-run", torchbench.PROGRAM)
+    (guest.folder / "pynvml.py").write_bytes(pynvml())
+    arguments = {"folder": str(guest.folder), "tenant": "astro", "job": "", "containers": ["milvus"], "limit_s": 5}
+    words = [sys.executable, "-I", "-S", "-c", text, json.dumps(arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd="/")
-    assert contract.read(done.stdout).verdict == "not run"
+    assert contract.read(done.stdout).verdict == "measured"
+    assert guest.called() is not None
 
 
 def test_programs_fit_the_command_line() -> None:
