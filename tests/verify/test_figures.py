@@ -173,7 +173,7 @@ def test_telemetry_tells_spans_and_what_held_the_clocks(tmp_path: Path) -> None:
 
 
 def test_no_telemetry_is_no_drawing(tmp_path: Path) -> None:
-    assert len(drawn(tmp_path, benchmarks(2e9) | {"telemetry": []})) == 2
+    assert len(drawn(tmp_path, benchmarks(2e9) | {"telemetry": []})) == 3
 
 
 def test_history_of_a_card_goes_back_a_bounded_number_of_runs(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_history_of_a_card_goes_back_a_bounded_number_of_runs(tmp_path: Path) ->
         assert run is not None
         history.append(path, run)
 
-    runs = figures("gpu01", measured(benchmarks(2e9), path, "abc"))[1]
+    runs = figures("gpu01", measured(benchmarks(2e9), path, "abc"))[2]
 
     assert "memory.copy, 60 runs from " in runs.svg
 
