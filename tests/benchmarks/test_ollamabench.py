@@ -180,6 +180,17 @@ def test_stand_in_is_measured_by_its_own_clock_and_on_the_cpu(tmp_path: Path) ->
     assert after is None
 
 
+def test_stand_in_tells_what_it_had_in_its_cache(tmp_path: Path) -> None:
+    with servers(tmp_path, RUNNER) as start:
+        server = ollamabench.Server(int(start().rpartition(":")[2]))
+        server.call("/api/pull", {"model": "tiny", "stream": False})
+        once, again = (server.generate("tiny", "the same words", 16, 10) for _ in range(2))
+
+    assert (once.prompt, once.kept, once.generated) == (14, 0, 16)
+    assert (again.prompt, again.kept, again.generated) == (14, 13, 16)
+    assert list(ollamabench.mistakes(again, 3, "the same words", 16)) == [PROMPT]
+
+
 def test_answer_of_the_documentation_is_read() -> None:
     answer = ollamabench.answer_of(DOCUMENTED, 0.2)
 
