@@ -157,7 +157,7 @@ def test_index_of_the_gpu_without_a_card_is_not_run(lab: Lab) -> None:
 
     found = run(lab, change)
 
-    assert (found.verdict, found.reason) == ("not run", "the index is one of the GPU, and nvidia-smi shows no card")
+    assert (found.verdict, found.reason) == ("not run", "the index is one of the GPU, and NVML knows no card")
 
 
 #: What is changed in the program, the metric that it is seen in, and the words.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verify.benchmarks.host import device, others, report
+from verify.benchmarks.host import device, nvml_from, others, report
 from verify.benchmarks.intervals import stop
 
 #: A Python with Milvus' driver, where this one has none.
@@ -261,7 +261,7 @@ class Bench:
         self.fill()
         outside, own = self.build()
         if self.found["device"] == "cuda" and self.found["card"] is None:
-            raise Impossible("the index is one of the GPU, and nvidia-smi shows no card")
+            raise Impossible("the index is one of the GPU, and NVML knows no card")
         self.own_clock = own is not None and 0 < own <= outside
         by = "Milvus" if self.own_clock else "its client, in steps of Milvus' scheduler"
         self.found["setting"] += f", builds timed by {by}"
@@ -588,9 +588,12 @@ def version_of(client: Client) -> str:
 
 def measured(order: dict[str, Any], password: str | None) -> dict[str, Any]:
     """The report: `order` has `port`, `metrics_port`, `index` (all of it, in Milvus' own words), `search` (its
-    parameters), `dimension`, `containers`, `limit_s` of sampling, and may have `top_k` and `seed`.
+    parameters), `dimension`, `containers`, `limit_s` of sampling, the `folder` of pynvml where Python has none,
+    and may have `top_k` and `seed`.
     """
     began = time.monotonic()
+    if "folder" in order:
+        nvml_from(order["folder"])
     seed = int(order.get("seed", SEED))
     kind = "cuda" if order["index"]["index_type"].startswith("GPU_") else "cpu"
     found = report("milvus", software="milvus", setting=setting_of(order, kind, seed))

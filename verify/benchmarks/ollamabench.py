@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verify.benchmarks.host import device, others, output, report
+from verify.benchmarks.host import device, nvml_from, others, output, report
 from verify.benchmarks.intervals import stop
 
 PROMPT, GENERATION = "ollama.prompt", "ollama.generation"
@@ -269,7 +269,7 @@ class Run:
         if declared and declared != digest:
             self.found["notes"].append(f"the model's digest is {digest[:12]}, declared is {declared[:12]}")
         if kind == "cuda" and self.found["card"] is None:
-            raise Unmeasurable("the model is on the GPU, and nvidia-smi shows no card")
+            raise Unmeasurable("the model is on the GPU, and NVML knows no card")
         prompt, predict = sizes(kind, context)
         words = self.words_for(prompt, predict)
         parallel = parallel_of(self.order["containers"])
@@ -343,8 +343,12 @@ def parallel_of(containers: Sequence[str], root: Path = Path("/")) -> str:
 
 
 def measured(order: dict[str, Any]) -> dict[str, Any]:
-    """The report: `order` has `port`, `model`, its declared `digest` or None, `containers`, `limit_s` of sampling."""
+    """The report: `order` has `port`, `model`, its declared `digest` or None, `containers`, `limit_s` of sampling, and
+    the `folder` of pynvml where Python has none.
+    """
     began = time.monotonic()
+    if "folder" in order:
+        nvml_from(order["folder"])
     found = report("ollama", software="ollama", setting=str(order["model"]))
     found |= device("cpu")
     deadline = began + 2 * float(order["limit_s"]) + AROUND_S
