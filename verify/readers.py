@@ -293,7 +293,7 @@ class Readers:
         if milvus is None or not milvus.indexes:
             raise Unreadable(f"{guest.name} declares no index of Milvus")
         password = Secrets(guest.state).get(self._lab.node_of(guest).cluster_name, "milvus.root", guest.name)
-        arguments = {"port": milvus.port, **indexes.to_be_measured(milvus)}
+        arguments = {"port": milvus.port, "metrics_port": milvus.metrics_port, **indexes.to_be_measured(milvus)}
         return self._measure(guest, "milvusbench.py", arguments, {"root": password})
 
     def _measure(self, guest: Guest, script: str, arguments: dict[str, Any], secret: object = None) -> dict[str, Any]:

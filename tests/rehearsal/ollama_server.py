@@ -51,13 +51,13 @@ Start = Callable[..., str]
 
 
 @contextmanager
-def servers(folder: Path) -> Iterator[Start]:
-    """Servers whose models lie below `folder`; all of them end afterwards."""
+def servers(folder: Path, runner: str = RUNNER) -> Iterator[Start]:
+    """Servers whose models lie below `folder`, with that program as their runner; all of them end afterwards."""
     home = folder / "opt"
     (home / "available").mkdir(parents=True)
     for path in recipe.programs():
         (home / path.name).write_bytes(path.read_bytes())
-    (home / "runner.py").write_text(RUNNER)
+    (home / "runner.py").write_text(runner)
     fixture.write_tiny(home / "available/tiny_latest.gguf")
     started: list[subprocess.Popen[bytes]] = []
 

@@ -416,11 +416,14 @@ class Handler(BaseHTTPRequestHandler):
                     yield part(name, key, event["content"])
                     continue
                 timings = event["timings"]
+                # Of llama.cpp's own clock, as are the durations; `prompt_n` is without what it still had in its cache.
+                cached = timings.get("cache_n", 0)
                 yield part(name, key, event.get("content", ""), done=True) | {
                     "done_reason": "length" if event.get("stop_type") == "limit" else "stop",
                     "total_duration": time.monotonic_ns() - started,
                     "load_duration": load,
-                    "prompt_eval_count": timings["prompt_n"],
+                    "prompt_eval_count": timings["prompt_n"] + cached,
+                    "prompt_eval_cached_count": cached,
                     "prompt_eval_duration": int(timings["prompt_ms"] * 1e6),
                     "eval_count": timings["predicted_n"],
                     "eval_duration": int(timings["predicted_ms"] * 1e6),
