@@ -446,12 +446,17 @@ def measure(arguments: Mapping[str, Any], result: dict[str, Any]) -> None:
     alone(arguments["containers"])
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def stopped(number: int, _: object) -> NoReturn:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise Over(f"stopped by {signal.Signals(number).name}", "inconclusive")
 
 
 def main(text: str) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, stopped)
     result = report("mps", software="NVIDIA MPS")
     begin = time.monotonic()
