@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 from verify.benchmarks import history
 from verify.benchmarks.history import WINDOW, Past
@@ -68,6 +68,43 @@ def figures(host: str, measured: Measured) -> list[Figure]:
     ]
     title = f"{host}: " if report.tool == "gpubench" else f"{host}, {SPELLED.get(report.tool, report.tool)}: "
     return [Figure(f"{title}{each.title}", each.svg, f"{about}. {each.note}") for each in found]
+
+
+class Shared(Protocol):
+    """What of mpsbench's report is drawn: points of `mps.share` and `mps.together`."""
+
+    @property
+    def series(self) -> Mapping[str, Sequence[Sequence[float]]]: ...
+
+
+def shares(report: Shared) -> list[Figure]:
+    """How clients of MPS share the card; none where nothing was measured."""
+    found = []
+    if points := [(percent, share) for percent, share in report.series.get("mps.share", [])]:
+        told = ", ".join(f"{percent:.0f} % of the threads {share * 100:.1f} %" for percent, share in points)
+        most, high = (max(column) for column in zip(*points, strict=True))
+        chart = line(
+            f"Share of the throughput of {most:.0f} % of the threads: {told}",
+            points,
+            Axis(0.0, most, "0 %", f"{most:.0f} % of the threads"),
+            Axis(0.0, high, "0 %", f"{high * 100:.0f} %"),
+            width=300,
+            height=160,
+            last="plain",
+            ideal=((0.0, 0.0), (most, 1.0)),
+        )
+        note = (
+            "The throughput of one client alone as a share of what it does with the most threads; dashed is what MPS "
+            "promises, before it rounds to whole multiprocessors."
+        )
+        found.append(Figure("MPS shares", chart, note))
+    if clients := [(number, share) for number, share in report.series.get("mps.together", [])]:
+        equal = 1 / len(clients)
+        rows = [Bar(f"client {number:.0f}", share, f"{share * 100:.1f} %", "plain", equal) for number, share in clients]
+        told = "; ".join(f"{row.label} {row.value}" for row in rows)
+        note = f"What each of {len(rows)} equal clients got of the card; the stroke is an equal share."
+        found.append(Figure("MPS clients together", bars(f"Share of the throughput of all: {told}", rows), note))
+    return found
 
 
 def _of_limits(judgements: Mapping[str, Judgement]) -> list[Figure]:

@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import pwd
+import queue
 import random
 import re
 import shutil
@@ -28,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,7 +98,7 @@ class CudaError(Exception):
 
 INT, UINT, U64, SIZE, FLOAT = ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_float
 POINTER = ctypes.c_void_p
-OUT_OF_MEMORY, NO_DEVICE, UNAVAILABLE, NOT_READY, NOT_SUPPORTED = 2, 100, 46, 600, 801
+INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, UNAVAILABLE, NOT_READY, NOT_SUPPORTED = 1, 2, 100, 46, 600, 801
 #: Arguments of each function; pointers to results are given as pointers to anything.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (UINT,),
@@ -136,7 +137,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventElapsedTime": (POINTER, POINTER, POINTER),
     "cuLaunchKernel": (POINTER, *[UINT] * 7, POINTER, POINTER, POINTER),
 }
-MULTIPROCESSORS, L2_BYTES, BUS_BITS, COPY_ENGINES = 16, 38, 37, 40
+MULTIPROCESSORS, L2_BYTES, BUS_BITS, COPY_ENGINES, MPS_ENABLED = 16, 38, 37, 40, 133
 BLOCKING = 4  # CU_CTX_SCHED_BLOCKING_SYNC: waiting leaves the processor to others
 
 
@@ -422,11 +423,13 @@ class Nvml:
                 room = max(count.value, room) * 2
         return None
 
-    def others(self) -> list[str]:
-        """Who uses the card besides us: `PID name`. MPS' own processes use nothing."""
+    def others(self, parent: int | None = None) -> list[str]:
+        """Who uses the card besides us: `PID name`. MPS' own processes use nothing; children of `parent` are ours."""
         found = []
         for pid in sorted(self.processes() - {os.getpid()}):
             name = process_name(pid)
+            if parent is not None and parent_of(pid) == parent:
+                continue
             if name is None or not name.startswith(MPS_NAME):
                 found.append(f"PID {pid} {name or '(not visible here)'}")
         return found
@@ -435,6 +438,14 @@ class Nvml:
 def process_name(pid: int) -> str | None:
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        # The name in brackets may hold anything, brackets too.
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:
         return None
 
@@ -1530,11 +1541,13 @@ def become(name: str) -> None:
 
 
 def environment(arguments: argparse.Namespace) -> None:
-    """What CUDA reads when it starts: all threads under MPS, no limit of our own, nothing left in the user's cache, and
-    every kernel loaded before the first is timed.
+    """What CUDA reads when it starts: all threads under MPS and no limit, unless others were asked for, nothing left in
+    the user's cache, and every kernel loaded before the first is timed.
     """
-    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = "100"
+    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = f"{arguments.threads:g}"
     os.environ.pop("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None)
+    if arguments.memory_limit is not None:
+        os.environ["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"{arguments.device}={arguments.memory_limit}M"
     os.environ["CUDA_CACHE_DISABLE"] = "1"
     os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     if arguments.mps_pipe:
@@ -1620,6 +1633,222 @@ def finished(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str,
         if name not in result["metrics"]:
             result["not_run"].setdefault(name, result["reason"])
     return result
+
+
+# Load: this process is one of several clients of MPS. mpsbench.py starts them and tells them what to do.
+
+#: Seconds for the card to answer once nobody tells us what to do any more.
+ENDED_S = 5.0
+
+
+class Commands(threading.Thread):
+    """What stdin says, a JSON object a line; `None` once it has ended, and so must this process."""
+
+    def __init__(self) -> None:
+        super().__init__(name="commands", daemon=True)
+        self.found: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        for line in sys.stdin:
+            self.found.put(json.loads(line))
+        self.found.put(None)
+        time.sleep(ENDED_S)
+        # A call of the driver that does not return would keep this client on the card.
+        os._exit(EXIT["failed"])
+
+    def next(self, wait: bool) -> dict[str, Any] | None:
+        """The next command; an empty one, unless we wait, where none has come."""
+        try:
+            return self.found.get(wait)
+        except queue.Empty:
+            return {}
+
+
+def answer(**found: Any) -> None:
+    print(json.dumps(found), flush=True)
+
+
+class Load:
+    """The fma kernel without a gap: while one launch runs, a slice, the next one waits and the last one is checked."""
+
+    def __init__(self, bench: Bench, held: ExitStack, blocks: int, rounds: int | None) -> None:
+        self.bench, self.blocks, cuda = bench, blocks, bench.cuda
+        table, self.expected = fma_tables(bench.random("load"))
+        self.size = len(self.expected) * blocks
+        self.given = held.enter_context(cuda.memory(len(table)))
+        self.outs = [held.enter_context(cuda.memory(self.size)) for _ in range(2)]
+        self.events = [held.enter_context(cuda.event()) for _ in range(3)]
+        bench.upload(self.given, table, len(table))
+        self.rounds = rounds or bench.calibrated(functools.partial(self._launch, self.outs[0]), 2**20)
+        self.queued = self.done = self.wrong = 0
+        cuda.call("cuEventRecord", self.events[-1], bench.stream)
+        self._queue()
+
+    def _launch(self, out: int, rounds: int) -> None:
+        self.bench.launch("fp32_fma", self.blocks, THREADS, U64(out), U64(self.given), UINT(rounds))
+
+    def _queue(self) -> None:
+        out = self.outs[self.queued % 2]
+        self.bench.poison(out, self.size)
+        self._launch(out, self.rounds)
+        self.bench.cuda.call("cuEventRecord", self.events[self.queued % 3], self.bench.stream)
+        self.queued += 1
+
+    def slice(self) -> float:
+        """Queue another slice and wait for the oldest; its seconds, from the end of the one before to its own."""
+        self._queue()
+        return self._wait()
+
+    def _wait(self) -> float:
+        begin, end = (self.events[number % 3] for number in (self.done - 1, self.done))
+        took = FLOAT()
+        self.bench.cuda.call("cuEventSynchronize", end)
+        self.bench.cuda.call("cuEventElapsedTime", ctypes.byref(took), begin, end)
+        if not took.value > 0:
+            raise Verdict(f"the card's events are {took.value} ms apart")
+        self.wrong += self.bench.wrong(self.outs[self.done % 2], self.expected, self.size)
+        self.done += 1
+        return took.value / 1000
+
+    def stop(self) -> None:
+        while self.done < self.queued:
+            self._wait()
+
+    def reported(self) -> int:
+        """Words of the results that were wrong since the last question."""
+        wrong, self.wrong = self.wrong, 0
+        return wrong
+
+
+@dataclass
+class Client:
+    """Does what it is told, and answers each command with a line."""
+
+    bench: Bench
+    nvml: Nvml
+    held: ExitStack = field(default_factory=ExitStack)
+    load: Load | None = None
+    #: What was counted since `count`, and from which slice on: those that were queued before are not all of this time.
+    counted: dict[str, float] | None = None
+    first: int = 0
+    halting: bool = False
+
+    def serve(self, commands: Commands) -> None:
+        with self.held:
+            while (command := commands.next(wait=self.load is None)) is not None:
+                if command:
+                    self.obey(command)
+                if self.load is not None:
+                    self.work(self.load)
+            if self.load is not None:
+                self.load.stop()
+
+    def obey(self, command: dict[str, Any]) -> None:
+        match command:
+            case {"do": "start", "blocks": blocks, "rounds": rounds} if self.load is None:
+                self.load = Load(self.bench, self.held, blocks or self.bench.blocks("fp32_fma"), rounds)
+                self.load.slice()
+                answer(rounds=self.load.rounds)
+            case {"do": "count"} if self.load is not None:
+                self.counted, self.first = {"operations": 0, "seconds": 0.0, "slices": 0}, self.load.queued
+                answer()
+            case {"do": "halt"} if self.counted is not None:
+                # At the next slice that counts, the first of all if there was none.
+                self.halting = True
+            case {"do": "stop"} if self.load is not None:
+                self.load.stop()
+                self.held.close()
+                answer(wrong=self.load.reported(), others=self.nvml.others(os.getppid()))
+                self.load = self.counted = None
+            case {"do": "allocate", "mib": mib}:
+                answer(let_in=self.let_in(mib * MIB))
+            case _:
+                raise Verdict(f"no command for now: {command}")
+
+    def work(self, load: Load) -> None:
+        seconds = load.slice()
+        if self.counted is None or load.done <= self.first:
+            return
+        self.counted["operations"] += fma_flop(load.rounds, load.blocks)
+        self.counted["seconds"] += seconds
+        self.counted["slices"] += 1
+        if self.halting:
+            answer(**self.counted, sm_mhz=self.nvml.number("ClockInfo", SM), wrong=load.reported())
+            self.counted, self.halting = None, False
+
+    def let_in(self, size: int) -> bool:
+        """Is there so much device memory for us? It is written to, all of it."""
+        try:
+            with self.bench.cuda.memory(size) as address:
+                self.bench.poison(address, size)
+                self.bench.cuda.call("cuStreamSynchronize", self.bench.stream)
+        except CudaError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            return False
+        return True
+
+
+def loaded(arguments: argparse.Namespace) -> int:
+    """Be a client until stdin ends. Whoever started us has looked whether the card is free. The exit status."""
+    for number in SIGNALS:
+        signal.signal(number, stopped)
+    commands, cuda = Commands(), None
+    commands.start()
+    try:
+        if arguments.user:
+            become(arguments.user)
+        environment(arguments)
+        cuda = Cuda()
+        with ExitStack() as held:
+            serve(arguments, cuda, commands, held)
+        if cuda.unfreed:
+            raise Verdict(f"not freed: {'; '.join(cuda.unfreed)}")
+    except (Verdict, CudaError) as error:
+        verdict = error.verdict if isinstance(error, Verdict) else "failed"
+        answer(error=str(error), verdict=verdict)
+        return EXIT[verdict]
+    return 0
+
+
+def serve(arguments: argparse.Namespace, cuda: Cuda, commands: Commands, held: ExitStack) -> None:
+    """Make a context, say what it sees of the card, and obey.
+
+    Raises:
+        CudaError, Verdict: as the driver or the card has it.
+    """
+    nvml = Nvml(arguments.device)
+    held.callback(nvml.close)
+    if nvml.text("Serial") == "simulated":
+        raise NotRun("no CUDA driver: this card is simulated")
+    cuda.start()
+    pci = nvml.pci()
+    device = held.enter_context(cuda.context(f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"))
+    card = {**card_of(nvml), "sm_count": cuda.attribute(MULTIPROCESSORS, device)}
+    module = held.enter_context(cuda.module(kernels()["fma"]))
+    bench = Bench(
+        cuda=cuda,
+        device=device,
+        card=card,
+        effort=replace(QUICK, sample_s=arguments.load),
+        seed=int.from_bytes(os.urandom(4), "little") if arguments.seed is None else arguments.seed,
+        share=arguments.memory_share,
+        telemetry=Telemetry(nvml, time.monotonic()),
+        deadline=math.inf,
+        stream=held.enter_context(cuda.stream()),
+        begin=held.enter_context(cuda.event()),
+        end=held.enter_context(cuda.event()),
+        functions={"fp32_fma": cuda.function(module, "fp32_fma")},
+    )
+    mps: bool | None = None
+    try:
+        mps = bool(cuda.attribute(MPS_ENABLED, device))
+    except CudaError as error:
+        # A driver that is older than the question.
+        if error.code != INVALID_VALUE:
+            raise
+    answer(multiprocessors=card["sm_count"], mps=mps, others=nvml.others(os.getppid()))
+    Client(bench, nvml).serve(commands)
 
 
 # Draining: our services leave the card for the run, and come back whatever becomes of it.
@@ -1778,6 +2007,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--user", metavar="NAME", help="run as this user, the one whom MPS serves")
     made.add_argument("--mps-pipe", metavar="DIR", help="pipe directory of the MPS daemon to be a client of")
+    load = made.add_argument_group("load", "one of several clients of MPS, for mpsbench.py, which tells it what to do")
+    load.add_argument("--load", type=float, metavar="SECONDS", help="obey stdin's commands; a kernel of this length")
+    load.add_argument("--threads", type=float, default=100.0, metavar="PERCENT", help="of the card's, under MPS")
+    load.add_argument("--memory-limit", type=int, metavar="MIB", help="of this client's device memory, under MPS")
     drain = made.add_argument_group("draining", "needs root, systemd and Docker, and this program in a file")
     drain.add_argument("--drain", action="store_true", help="stop these for the run, and start them again in any case")
     drain.add_argument(
@@ -1812,6 +2045,8 @@ def main(words: Sequence[str]) -> int:
             say(str(error))
             return 1
         return 0
+    if arguments.load is not None:
+        return loaded(arguments)
     if arguments.drain:
         try:
             result = drained(arguments, without_drain(words))

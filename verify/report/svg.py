@@ -83,11 +83,12 @@ def line(
     band: tuple[float | None, float | None] | None = None,
     last: str = "",
     whisker: tuple[float, float] | None = None,
+    ideal: tuple[Point, Point] | None = None,
 ) -> str:
     """A line through the points, in order of x.
 
     `band`: from where to where is what is expected, None: without end there. `last`: the class of colour of a dot at
-    the last point, with its `whisker` from where to where.
+    the last point, with its `whisker` from where to where. `ideal`: both ends of the line that it should be.
     """
     svg = drawing(title, width, height)
     across, down = width - LEFT - 6, height - TOP - BELOW
@@ -103,6 +104,9 @@ def line(
             level = place((x.low, edge))[1]
             add(svg, "line", "bound", x1=LEFT, x2=LEFT + across, y1=level, y2=level)
     add(svg, "line", "axis", x1=LEFT, x2=LEFT + across, y1=TOP + down, y2=TOP + down)
+    if ideal is not None:
+        (left, top), (right, bottom) = map(place, ideal)
+        add(svg, "line", "bound", x1=left, y1=top, x2=right, y2=bottom)
     places = [place(point) for point in points]
     if len(places) > 1:
         add(svg, "polyline", "line", points=" ".join(f"{left:.1f},{top:.1f}" for left, top in places))

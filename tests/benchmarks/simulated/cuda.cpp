@@ -13,26 +13,38 @@
  *   SIM_FLIP    WORD:BIT, a bit of the tested memory that flips as soon as it is written
  *   SIM_HANG    CALL that does not return
  *   SIM_SLOW_MS so long the card's memory takes to be had, really
- *   SIM_MIB     the card's memory */
+ *   SIM_MIB     the card's memory
+ *   SIM_SMS     its multiprocessors
+ *   SIM_MPS     file: the card is shared by all processes that are given this one, as clients of one MPS server
+ *   SIM_SERVER  percent of the threads that this server gives at most
+ *   SIM_BROKEN  what this server does wrong: turns (one client at a time), unfair (a full card is the first one's),
+ *               threads, loose or memory (ignores a client's share or its limit; loose: says that it does not), fragile
+ *               (a client that is refused memory takes the others along) */
 #include "device.h"
 
 #include <deque>
+#include <errno.h>
+#include <fcntl.h>
 #include <functional>
 #include <map>
 #include <set>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string>
+#include <sys/file.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #define API extern "C" __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_CONTEXT = 201, INVALID_PTX = 218,
-       INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600 };
+       INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719 };
 
-/* Of the card: two multiprocessors, so that more than one block runs; a small cache. */
-static const int SMS = 2, L2 = 65536;
+/* Of the card: at least two multiprocessors, so that more than one block runs; a small cache. */
+static int sms() { const char *n = getenv("SIM_SMS"); return n ? atoi(n) : 2; }
+static const int L2 = 65536;
 /* Rates that tests know. Arithmetic is slow enough for the fewest rounds. */
 static const double DEVICE_GB = 400, PINNED_UP = 20, PINNED_DOWN = 16, PAGEABLE_UP = 5, PAGEABLE_DOWN = 4, FLOPS = 1e9, TICK_US = 3;
 
@@ -59,6 +71,70 @@ static void told(const char *format, const char *call, const char *what)
     fflush(record);
 }
 
+/* The shared card. A client has work on it from a launch until all its streams are empty, on so many multiprocessors. */
+struct client_t { int pid, sms; };
+struct server_t { client_t clients[16]; int refused; };
+static server_t *server;
+static client_t *mine;
+/* Beside the client's data a context's own memory counts towards its limit. */
+static const size_t CONTEXT = 1 << 20;
+
+static bool broken(const char *how) { const char *what = getenv("SIM_BROKEN"); return what && !strcmp(what, how); }
+static void connect_to_server()
+{
+    const char *path = getenv("SIM_MPS");
+    if (!path || server) return;
+    int file = open(path, O_RDWR | O_CREAT, 0666);
+    if (file < 0 || ftruncate(file, sizeof *server)) abort();
+    server = (server_t *)mmap(NULL, sizeof *server, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    flock(file, LOCK_EX);
+    for (client_t &each : server->clients)
+        if (!mine && (!each.pid || (kill(each.pid, 0) && errno == ESRCH))) mine = &each, each = {getpid(), 0};
+    flock(file, LOCK_UN);
+    close(file);
+    if (!mine) abort();
+}
+static void at_work(int count) { if (mine) __atomic_store_n(&mine->sms, count, __ATOMIC_SEQ_CST); }
+
+/* "Internally rounded down", says the manual of MPS; a client can only lower what the server gives. */
+static int given_by_percent()
+{
+    double percent = atof(getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")), most = getenv("SIM_SERVER") ? atof(getenv("SIM_SERVER")) : 100;
+    int count = (int)((double)sms() * (percent < most ? percent : most) / 100);
+    return count ? count : 1;
+}
+static int visible() { return server && !broken("threads") ? given_by_percent() : sms(); }
+
+/* How many multiprocessors' work this client gets done that has enough for `wanted`. */
+static double served(int wanted)
+{
+    if (!server) return wanted;
+    int all = 0, clients = 0;
+    bool first = false;
+    for (client_t &each : server->clients) {
+        int count = __atomic_load_n(&each.sms, __ATOMIC_SEQ_CST);
+        if (!count || (kill(each.pid, 0) && errno == ESRCH)) continue;
+        if (!clients) first = &each == mine;
+        all += count;
+        clients++;
+    }
+    if (broken("turns")) return (double)wanted / clients;
+    if (broken("unfair") && clients > 1 && all >= sms()) return first ? wanted : wanted * 0.05;
+    return all > sms() ? (double)wanted * sms() / all : wanted;
+}
+
+static bool taken_along() { return server && server->refused && server->refused != getpid() && broken("fragile"); }
+
+static size_t memory_limit()
+{
+    const char *text = getenv("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT");
+    unsigned long amount;
+    char unit;
+    if (!server || !text || broken("memory")) return (size_t)-1;
+    if (sscanf(text, "0=%lu%c", &amount, &unit) != 2 || (unit != 'M' && unit != 'G')) abort();
+    return (size_t)amount << (unit == 'M' ? 20 : 30);
+}
+
 /* The answer that a test asked for, 0: none. Every call comes here first. */
 static int enter(const char *call)
 {
@@ -80,7 +156,7 @@ static int bad(const char *call, const char *why, int code)
 }
 
 #define ENTER if (int asked = enter(__func__)) return asked
-#define CURRENT ENTER; if (!current) return bad(__func__, "no context", INVALID_CONTEXT)
+#define CURRENT ENTER; if (!current) return bad(__func__, "no context", INVALID_CONTEXT); if (taken_along()) return LAUNCH_FAILED
 
 static bool within(const std::map<uint64_t, size_t> &all, uint64_t address, size_t size)
 {
@@ -92,7 +168,8 @@ static bool within(const std::map<uint64_t, size_t> &all, uint64_t address, size
 
 /* Of the default stream: what has not arrived yet. */
 static queue_t arriving;
-static void run(queue_t &queue) { while (!queue.empty()) { auto work = queue.front(); queue.pop_front(); work(); } }
+static void rest_if_idle() { for (auto &stream : streams) if (!stream.second.empty()) return; at_work(0); }
+static void run(queue_t &queue) { while (!queue.empty()) { auto work = queue.front(); queue.pop_front(); work(); } rest_if_idle(); }
 static void run_all() { run(arriving); for (auto &stream : streams) run(stream.second); }
 static void reach(event_t *event)
 {
@@ -103,11 +180,13 @@ static void reach(event_t *event)
         queue.pop_front();
         work();
     }
+    rest_if_idle();
 }
 
 static void at_end() __attribute__((destructor));
 static void at_end()
 {
+    if (mine) *mine = {0, 0};
     std::string left;
     auto count = [&](const char *what, size_t n) { if (n) left += " " + std::to_string(n) + " " + what; };
     count("memory", memory.size());
@@ -119,7 +198,14 @@ static void at_end()
     told("LEFT:%s%s\n", left.c_str(), "");
 }
 
-API int cuInit(unsigned flags) { ENTER; if (flags) return bad(__func__, "flags", INVALID_VALUE); initialized = 1; return OK; }
+API int cuInit(unsigned flags)
+{
+    ENTER;
+    if (flags) return bad(__func__, "flags", INVALID_VALUE);
+    connect_to_server();
+    initialized = 1;
+    return OK;
+}
 
 API int cuGetErrorName(int code, const char **name)
 {
@@ -156,10 +242,11 @@ API int cuDeviceGetAttribute(int *value, int attribute, int device)
     ENTER;
     if (!initialized || device) return bad(__func__, "device", INVALID_VALUE);
     switch (attribute) {
-    case 16: *value = SMS; return OK;
+    case 16: *value = visible(); return OK;
     case 37: *value = 256; return OK;
     case 38: *value = L2; return OK;
     case 40: *value = 2; return OK;
+    case 133: *value = server != NULL; return OK;
     default: return bad(__func__, "an attribute that nobody needs", INVALID_VALUE);
     }
 }
@@ -173,7 +260,8 @@ API int cuDevicePrimaryCtxRetain(void **context, int device)
     ENTER;
     const char *share = getenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE");
     if (device) return bad(__func__, "device", INVALID_VALUE);
-    if (!share || strcmp(share, "100")) return bad(__func__, "not all threads under MPS", INVALID_VALUE);
+    if (!share || (server ? atof(share) <= 0 || atof(share) > 100 : strcmp(share, "100") != 0))
+        return bad(__func__, "not all threads under MPS", INVALID_VALUE);
     retained++;
     *context = &retained;
     return OK;
@@ -248,12 +336,22 @@ API int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function,
     return OK;
 }
 
-API int cuMemGetInfo_v2(size_t *free_bytes, size_t *all) { CURRENT; *all = total(); *free_bytes = total() - allocated; return OK; }
+API int cuMemGetInfo_v2(size_t *free_bytes, size_t *all)
+{
+    CURRENT;
+    *all = total();
+    *free_bytes = (memory_limit() < total() ? memory_limit() - CONTEXT : total()) - allocated;
+    return OK;
+}
 API int cuMemAlloc_v2(uint64_t *address, size_t size)
 {
     CURRENT;
     if (!size) return bad(__func__, "nothing", INVALID_VALUE);
     if (allocated + size > total()) return OUT_OF_MEMORY;
+    if (memory_limit() < allocated + size + CONTEXT) {
+        server->refused = getpid();
+        return OUT_OF_MEMORY;
+    }
     if (getenv("SIM_SLOW_MS")) usleep(1000 * (unsigned)atoi(getenv("SIM_SLOW_MS")));
     void *made = aligned_alloc(256, (size + 255) / 256 * 256);
     memset(made, 0x5a, size);
@@ -374,7 +472,7 @@ API int cuEventCreate(event_t **event, unsigned flags)
     events.insert(*event = new event_t{-1, false, NULL, 0});
     return OK;
 }
-API int cuEventDestroy_v2(event_t *event) { CURRENT; EVENT(event); events.erase(event); delete event; return OK; }
+API int cuEventDestroy_v2(event_t *event) { CURRENT; EVENT(event); if (event->stream) reach(event); events.erase(event); delete event; return OK; }
 API int cuEventRecord(event_t *event, void *stream)
 {
     CURRENT;
@@ -599,7 +697,7 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
         if (bx != 256) return bad(name, "block", INVALID_VALUE);
         g.address[1] = ADDRESS(1), g.word = WORD(2);
         body = [=] { plain(gx, bx, [&] { fp32_fma((float *)g.address[0], (float *)g.address[1], g.word); }); };
-        ms = 2.0 * 8 * (32.0 * g.word + 2) * 256 * gx / FLOPS * 1e3;
+        ms = 2.0 * 8 * (32.0 * g.word + 2) * 256 * gx / FLOPS * 1e3 * sms();
     } else if (kernel.rfind("tensor_", 0) == 0) {
         size = (size_t)gx * 8 * 32 * 32 * 4;
         NEEDS(0, size); NEEDS(1, 8 * 32 * (16 + 16 + 32) * 4);
@@ -617,10 +715,13 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
         body = [=] { plain(gx, bx, [&] { launch_tick((unsigned *)g.address[0]); }); };
         ms = TICK_US / 1e3;
     }
+    int wanted = broken("loose") && (int)gx >= visible() ? sms() : (int)gx < visible() ? (int)gx : visible();
+    bool arithmetic = kernel == "fp32_fma";
+    at_work(wanted);
     streams[stream].push_back([=] {
         idle = getenv("SIM_IDLE") && kernel == getenv("SIM_IDLE");
         body();
-        clock_ms += ms;
+        clock_ms += arithmetic ? ms / served(wanted) : ms;
         if (size) spoiled(name, g.address[0], size);
     });
     return OK;
