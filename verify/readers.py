@@ -40,6 +40,7 @@ SUBJECTS = (
     "engine_restart",
     "api",
     "vm",
+    "process",
     "backup",
     "gpubench",
 )
@@ -90,6 +91,7 @@ class Readers:
             "engine_restart": lambda guest: self._disturb(guest, "engine-restart"),
             "api": lambda node: self._api(node).read_node(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
+            "process": self._process,
             "backup": self._backup,
             "gpubench": self._gpubench,
         }
@@ -107,7 +109,7 @@ class Readers:
             return f"ports of {host}"
         if subject == "vm":
             return f"api of {self._lab.guests[host].node}"
-        if subject == "backup":
+        if subject in ("process", "backup"):
             return self._lab.guests[host].node
         return f"api of {host}" if subject == "api" else host
 
@@ -134,6 +136,15 @@ class Readers:
 
     def _hypervisor(self, node: Node) -> dict[str, Any]:
         return self._connection(node).read(ROOM / "hypervisor/remote.py", {})
+
+    def _process(self, guest: Guest) -> dict[str, Any]:
+        """QEMU's process, which the node has."""
+        arguments = {"vmid": guest.vmid, "memory": guest.hugepages is not None}
+        node = self._lab.node_of(guest)
+        try:
+            return self._connection(node).read(ROOM / "vm/process_remote.py", arguments)
+        except Unreachable:
+            raise Unreadable(f"{node.name} is not reachable") from None
 
     def _backup(self, guest: Guest) -> dict[str, Any]:
         """Over the node's connection: the token sees no jobs."""
