@@ -611,8 +611,13 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             ],
             # This process is on the card: its load is the load.
             "work": {
-                "by": [name], "error": "", "generation": 1, "width": 16,
-                "clock_mhz": None, "use": None, "reasons": None,
+                "by": [name],
+                "error": "",
+                "generation": 1,
+                "width": 16,
+                "clock_mhz": None,
+                "use": None,
+                "reasons": None,
             },
         }
     ]
