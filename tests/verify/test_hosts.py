@@ -202,7 +202,7 @@ def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
     assert name == "milvus_remote.py"
     assert secret == {"root": root, "astro": astro, "ml": None}
     assert root not in str(arguments) and astro not in str(arguments)
-    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"ef": 128}}
+    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"itopk_size": 128}}
     assert arguments["databases"] == {"astro": {"spectra": search}, "ml": {}}
 
 

@@ -75,8 +75,8 @@ def test_json_counts_and_names(tmp_path: Path) -> None:
 
     run = verify(lab_file(tmp_path), plugin=Doctored(observations))
 
-    assert run.json["checks"] == len(run.json["results"]) == run.json["passed"] + 1
-    assert (run.json["failed"], run.json["inconclusive"], run.json["not_run"]) == (1, 0, 0)
+    assert run.json["checks"] == len(run.json["results"]) == run.json["passed"] + 4
+    assert (run.json["failed"], run.json["inconclusive"], run.json["not_run"]) == (1, 0, 3)
     assert run.json["lab"] == "lab" and run.json["exit_status"] == run.status == 1
     assert run.result("vm.running") | {"duration_s": 0} == {
         "id": "vm.running",
