@@ -744,10 +744,10 @@ class Verified(Judged):
 VERIFIED: list[Verified] = []
 
 
-def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
-    """Run verify inside of this process, as `pytest verify --lab` does."""
+def verify(lab: Path, *options: str, plugin: object | None = None, only: str = "verify") -> Verified:
+    """Run verify, or `only` a folder or file of it, inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
-    arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--quick"]
+    arguments = [str(ROOT / only), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--quick"]
     # The last one would collect garbage ten times a run, for what the tests' own pytest tells as well.
     quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))
