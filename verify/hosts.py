@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import shlex
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ class Unreadable(Exception):
     """The host is there, but a read on it did not come to an end."""
 
 
+class Next(threading.local):
+    """How the next command of this thread is run: two may read one host at once, over a channel each."""
+
+    limit_s = 60.0
+    #: What it reads: who can list processes sees its words, and nobody this.
+    stdin = b""
+
+
 class StrictBackend(ParamikoBackend):
     """testinfra's paramiko backend with strict host keys, also when it opens its connection again.
 
@@ -46,9 +55,7 @@ class StrictBackend(ParamikoBackend):
     def __init__(self, machine: Node | Guest) -> None:
         super().__init__(machine.ssh_hostname)
         self.machine = machine
-        self.limit_s = 60.0
-        #: What the next command reads: who can list processes sees its words, and nobody this.
-        self.stdin = b""
+        self.next = Next()
 
     @functools.cached_property
     def client(self) -> paramiko.SSHClient:
@@ -75,9 +82,9 @@ class StrictBackend(ParamikoBackend):
         if transport is None:
             raise paramiko.SSHException("the connection is closed")
         channel = transport.open_session(timeout=CONNECT_S)
-        channel.settimeout(self.limit_s)
+        channel.settimeout(self.next.limit_s)
         channel.exec_command(command)
-        channel.sendall(self.stdin)
+        channel.sendall(self.next.stdin)
         channel.shutdown_write()
         stdout = b"".join(channel.makefile("rb"))
         stderr = b"".join(channel.makefile_stderr("rb"))
@@ -93,6 +100,7 @@ class Connection:
         self.host = testinfra.host.Host(self._backend)
         self._backend.set_host(self.host)
         self._refused: Unreachable | None = None
+        self._opening = threading.Lock()
 
     def open(self) -> None:
         """Connect, once.
@@ -100,13 +108,14 @@ class Connection:
         Raises:
             Unreachable: with the reason; asked again it answers the same without another try.
         """
-        if self._refused is not None:
-            raise self._refused
-        try:
-            self._backend.client  # noqa: B018
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            self._refused = refusal(self.machine, error)
-            raise self._refused from error
+        with self._opening:
+            if self._refused is not None:
+                raise self._refused
+            try:
+                self._backend.client  # noqa: B018
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                self._refused = refusal(self.machine, error)
+                raise self._refused from error
 
     def read(
         self, script: Path, arguments: dict[str, Any], limit_s: float = 60.0, secret: object = None
@@ -142,12 +151,13 @@ class Connection:
         self.open()
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
-        self._backend.limit_s, self._backend.stdin = limit_s, stdin
+        self._backend.next.limit_s, self._backend.next.stdin = limit_s, stdin
         try:
             answer = self.host.run(shlex.join(command))
         except TimeoutError:
             raise Unreadable(f"reading {what} took more than {limit_s:.0f} s") from None
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except (paramiko.SSHException, OSError, EOFError, AttributeError) as error:
+            # AttributeError: of two reads the other one was first to drop the dead connection, as testinfra does.
             raise Unreadable(f"the connection broke while reading {what}: {error}") from error
         return answer.rc, answer.stdout, answer.stderr
 

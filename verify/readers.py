@@ -31,11 +31,13 @@ SUBJECTS = (
     "system",
     "nvidia",
     "containers",
+    # The first of the two that are read beside the others: it begins with the network, not with the guest's processor,
+    # while the guest's clock is looked at.
+    "access",
     "milvus",
     "pytorch",
     "ollama_load",
     "ports",
-    "access",
     "daemon_reload",
     "engine_restart",
     "api",
@@ -44,6 +46,8 @@ SUBJECTS = (
     "backup",
     "gpubench",
 )
+#: What is read beside the others, unless the card is to be measured undisturbed: it asks the services, not the card.
+BESIDE = ("access", "milvus")
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What starts a service again that does not answer.
@@ -101,10 +105,12 @@ class Readers:
         return self._ways[subject](machine(self._lab, host))
 
     def lane(self, host: str, subject: str) -> str:
-        """What has to wait for one another: the reads over one connection.
+        """What has to wait for one another: the reads of one host, most of which use its card.
 
         The benchmarks are among them, as the last: other reads use the card and the processor too.
         """
+        if subject in BESIDE and self._benchmarks == "off":
+            return f"beside {host}"
         if subject == "ports":
             return f"ports of {host}"
         if subject == "vm":
