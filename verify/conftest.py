@@ -71,6 +71,8 @@ READERS = pytest.StashKey[Readers]()
 OBSERVATIONS = pytest.StashKey[Observations]()
 RESULTS = pytest.StashKey[dict[str, Result]]()
 SEEN = pytest.StashKey[str]()
+#: Seconds that a check has waited for what it reads.
+WAITED = pytest.StashKey[float]()
 BEGAN = pytest.StashKey[float]()
 RUN = pytest.StashKey[tuple[Run, Changes | None]]()
 WAIVERS = pytest.StashKey[list[Waiver]]()
@@ -235,6 +237,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.when == "setup":
+        # Where it waited for what it reads.
+        item.stash[WAITED] = report.duration
     if report.when == "call" or report.failed or report.skipped:
         # A check that broke in its teardown has a verdict already; a broken one takes it back.
         result = judge(item, call, report)
@@ -286,6 +291,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         selection=selection(config),
         left_out=[(host_of(item) or "", check_id(item)) for item in config.stash[LEFT_OUT]],
         facts=facts(config.stash[OBSERVATIONS].known()),
+        reads=config.stash[OBSERVATIONS].seconds(),
         needless=[f"{each.id} on {each.host}: {each}" for each in waivers.needless(accepted, results, today)],
         figures=[figure for (name, _), each in benchmarks.items() for figure in figures(name, each)],
         simulated=sorted({machine(lab, name).simulated for name in config.stash[CHOSEN]} - {""}),
@@ -307,24 +313,25 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def judge(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> Result:
     """The verdict of a check that has ended, in words for its reader."""
     error = call.excinfo.value if call.excinfo is not None else None
+    duration_s = report.duration + (item.stash.get(WAITED, 0.0) if report.when == "call" else 0.0)
     match error:
         case None:
-            return outcome(item, Verdict.PASS, item.stash.get(SEEN, ""), duration_s=report.duration)
+            return outcome(item, Verdict.PASS, item.stash.get(SEEN, ""), duration_s=duration_s)
         case Undecided():
-            return if_waived(item, outcome(item, error.verdict, str(error), duration_s=report.duration))
+            return if_waived(item, outcome(item, error.verdict, str(error), duration_s=duration_s))
         case pytest.skip.Exception():
-            return outcome(item, Verdict.NOT_RUN, str(error), duration_s=report.duration)
+            return outcome(item, Verdict.NOT_RUN, str(error), duration_s=duration_s)
         case AssertionError():
             fix = error.fix if isinstance(error, Broken) else None
             # pytest adds how the compared values came about; the message of the check says what they mean.
             message = str(error).partition("\nassert ")[0]
-            return if_waived(item, outcome(item, Verdict.FAIL, message, fix, report.duration))
+            return if_waived(item, outcome(item, Verdict.FAIL, message, fix, duration_s))
     return outcome(
         item,
         Verdict.FAIL,
         f"the check itself broke: {type(error).__name__}: {error}",
         "run it again with --tb=long, and report it",
-        report.duration,
+        duration_s,
     )
 
 
@@ -585,6 +592,7 @@ daemon_reload = observation("daemon_reload")
 engine_restart = observation("engine_restart")
 api = observation("api")
 vm = observation("vm")
+process = observation("process")
 backup = observation("backup")
 gpubench = observation("gpubench")
 mpsbench = observation("mpsbench")

@@ -10,6 +10,7 @@ import re
 import secrets
 import selectors
 import shlex
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ class Unreadable(Exception):
     """The host is there, but a read on it did not come to an end."""
 
 
+class Next(threading.local):
+    """How the next command of this thread is run: two may read one host at once, over a channel each."""
+
+    limit_s = 60.0
+    #: What it reads: who can list processes sees its words, and nobody this.
+    stdin = b""
+    #: Is told each line that it prints on stderr, while it runs.
+    tell: Callable[[str], None] | None = None
+
+
 class StrictBackend(ParamikoBackend):
     """testinfra's paramiko backend with strict host keys, also when it opens its connection again.
 
@@ -52,11 +63,7 @@ class StrictBackend(ParamikoBackend):
     def __init__(self, machine: Node | Guest) -> None:
         super().__init__(machine.ssh_hostname)
         self.machine = machine
-        self.limit_s = 60.0
-        #: What the next command reads: who can list processes sees its words, and nobody this.
-        self.stdin = b""
-        #: Is told each line that it prints on stderr, while it runs.
-        self.tell: Callable[[str], None] | None = None
+        self.next = Next()
 
     @functools.cached_property
     def client(self) -> paramiko.SSHClient:
@@ -83,9 +90,9 @@ class StrictBackend(ParamikoBackend):
         if transport is None:
             raise paramiko.SSHException("the connection is closed")
         with transport.open_session(timeout=CONNECT_S) as channel:
-            channel.settimeout(self.limit_s)
+            channel.settimeout(self.next.limit_s)
             channel.exec_command(command)
-            channel.sendall(self.stdin)
+            channel.sendall(self.next.stdin)
             channel.shutdown_write()
             stdout, stderr = self._output(channel)
             return channel.recv_exit_status(), stdout, stderr
@@ -94,13 +101,13 @@ class StrictBackend(ParamikoBackend):
         """Stdout and stderr to their ends, whichever comes first: the host waits where one of them is not taken.
 
         Raises:
-            TimeoutError: neither had anything for `limit_s`.
+            TimeoutError: neither had anything for `next.limit_s`.
         """
         stdout, stderr, told = bytearray(), bytearray(), 0
         with selectors.DefaultSelector() as ready:
             ready.register(channel, selectors.EVENT_READ)
             while True:
-                if not ready.select(self.limit_s):
+                if not ready.select(self.next.limit_s):
                     raise TimeoutError
                 # Asked before the streams are: nothing comes after the end.
                 ended = channel.eof_received or channel.closed
@@ -110,8 +117,8 @@ class StrictBackend(ParamikoBackend):
                     stderr += channel.recv_stderr(CHUNK)
                 elif ended:
                     break
-                while self.tell and (end := stderr.find(b"\n", told)) >= 0:
-                    self.tell(stderr[told:end].decode(errors="replace"))
+                while self.next.tell and (end := stderr.find(b"\n", told)) >= 0:
+                    self.next.tell(stderr[told:end].decode(errors="replace"))
                     told = end + 1
         return bytes(stdout), bytes(stderr)
 
@@ -125,6 +132,7 @@ class Connection:
         self.host = testinfra.host.Host(self._backend)
         self._backend.set_host(self.host)
         self._refused: Unreachable | None = None
+        self._opening = threading.Lock()
 
     def open(self) -> None:
         """Connect, once.
@@ -132,13 +140,14 @@ class Connection:
         Raises:
             Unreachable: with the reason; asked again it answers the same without another try.
         """
-        if self._refused is not None:
-            raise self._refused
-        try:
-            self._backend.client  # noqa: B018
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            self._refused = refusal(self.machine, error)
-            raise self._refused from error
+        with self._opening:
+            if self._refused is not None:
+                raise self._refused
+            try:
+                self._backend.client  # noqa: B018
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                self._refused = refusal(self.machine, error)
+                raise self._refused from error
 
     def read(
         self,
@@ -187,12 +196,13 @@ class Connection:
         self.open()
         if self.machine.ssh_user != "root":
             command = ["sudo", "-n", *command]
-        self._backend.limit_s, self._backend.stdin, self._backend.tell = limit_s, stdin, tell
+        self._backend.next.limit_s, self._backend.next.stdin, self._backend.next.tell = limit_s, stdin, tell
         try:
             answer = self.host.run(shlex.join(command))
         except TimeoutError:
             raise Unreadable(f"reading {what} took more than {limit_s:.0f} s") from None
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except (paramiko.SSHException, OSError, EOFError, AttributeError) as error:
+            # AttributeError: of two reads the other one was first to drop the dead connection, as testinfra does.
             raise Unreadable(f"the connection broke while reading {what}: {error}") from error
         return answer.rc, answer.stdout, answer.stderr
 

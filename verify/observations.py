@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -39,6 +40,7 @@ class Observations:
         self._reader = reader
         self._lane_of = lane_of
         self._futures: dict[tuple[str, str], Future[Observation]] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._closed = threading.Event()
 
@@ -75,6 +77,13 @@ class Observations:
         done = {key: future for key, future in self._futures.items() if future.done() and not future.cancelled()}
         return {key: future.result() for key, future in done.items() if future.exception() is None}
 
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """How long each read took, by host and subject; also one that failed."""
+        found: dict[str, dict[str, float]] = {}
+        for (host, subject), seconds in list(self._seconds.items()):
+            found.setdefault(host, {})[subject] = round(seconds, 3)
+        return found
+
     def close(self) -> None:
         """Wait for reads that are under way and drop those that have not begun."""
         self._closed.set()
@@ -88,7 +97,12 @@ class Observations:
             self._read(key)
 
     def _read(self, key: tuple[str, str]) -> None:
+        began = time.monotonic()
         try:
-            self._futures[key].set_result(Observation(self._reader(*key)))
+            found = Observation(self._reader(*key))
         except BaseException as error:  # it is raised again where the observation is asked for
+            self._seconds[key] = time.monotonic() - began
             self._futures[key].set_exception(error)
+        else:
+            self._seconds[key] = time.monotonic() - began
+            self._futures[key].set_result(found)

@@ -33,15 +33,18 @@ SUBJECTS = (
     "system",
     "nvidia",
     "containers",
+    # The first of the two that are read beside the others: it begins with the network, not with the guest's processor,
+    # while the guest's clock is looked at.
+    "access",
     "milvus",
     "pytorch",
     "ollama_load",
     "ports",
-    "access",
     "daemon_reload",
     "engine_restart",
     "api",
     "vm",
+    "process",
     "backup",
     "gpubench",
     "mpsbench",
@@ -49,6 +52,8 @@ SUBJECTS = (
     "ollamabench",
     "milvusbench",
 )
+#: What is read beside the others, unless the card is to be measured undisturbed: it asks the services, not the card.
+BESIDE = ("access", "milvus")
 #: What sets the card at boot, watches its temperature and shares it.
 GPU_UNITS = ("gpulab-gpu-settings.service", "gpulab-gpu-thermal.service", "gpulab-mps.service")
 #: What starts a service again that does not answer.
@@ -107,6 +112,7 @@ class Readers:
             "engine_restart": lambda guest: self._disturb(guest, "engine-restart"),
             "api": lambda node: self._api(node).read_node(),
             "vm": lambda guest: self._api(self._lab.node_of(guest)).read_vm(guest),
+            "process": self._process,
             "backup": self._backup,
             "gpubench": self._gpubench,
             "mpsbench": self._mpsbench,
@@ -120,15 +126,17 @@ class Readers:
         return self._ways[subject](machine(self._lab, host))
 
     def lane(self, host: str, subject: str) -> str:
-        """What has to wait for one another: the reads over one connection.
+        """What has to wait for one another: the reads of one host, most of which use its card.
 
         The benchmarks are among them, as the last: other reads use the card and the processor too.
         """
+        if subject in BESIDE and self._benchmarks == "off":
+            return f"beside {host}"
         if subject == "ports":
             return f"ports of {host}"
         if subject == "vm":
             return f"api of {self._lab.guests[host].node}"
-        if subject == "backup":
+        if subject in ("process", "backup"):
             return self._lab.guests[host].node
         return f"api of {host}" if subject == "api" else host
 
@@ -155,6 +163,15 @@ class Readers:
 
     def _hypervisor(self, node: Node) -> dict[str, Any]:
         return self._connection(node).read(ROOM / "hypervisor/remote.py", {})
+
+    def _process(self, guest: Guest) -> dict[str, Any]:
+        """QEMU's process, which the node has."""
+        arguments = {"vmid": guest.vmid, "memory": guest.hugepages is not None}
+        node = self._lab.node_of(guest)
+        try:
+            return self._connection(node).read(ROOM / "vm/process_remote.py", arguments)
+        except Unreachable:
+            raise Unreadable(f"{node.name} is not reachable") from None
 
     def _backup(self, guest: Guest) -> dict[str, Any]:
         """Over the node's connection: the token sees no jobs."""

@@ -33,7 +33,8 @@ def limited(lab: Lab, limits: Collection[str]) -> list[str]:
 def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
     """The hosts among `chosen` that checks of a kind are for.
 
-    `apis` are the nodes whose API answers for a chosen host, `gpus` the guests with a GPU, `mps` those of them that
+    `apis` are the nodes whose API answers for a chosen host, `pinned` the guests that declare CPUs of the node, `huge`
+    those that declare huge pages, `gpus` the guests with a GPU, `mps` those of them that
     share it with MPS and `no_mps` the others, `ollama`, `milvus` and `pytorch` those that run it, `backups` those with
     declared backups, `services` those that serve any, `access` those whose proxy lets tenants in to one, `healing`
     those of them that look after them, `docker` those with a GPU and Docker, `gpu_containers` those on which verify
@@ -47,6 +48,10 @@ def hosts_for(lab: Lab, kind: str, chosen: Collection[str]) -> list[str]:
             return [name for name in lab.nodes if name in chosen or any(guest.node == name for guest in guests)]
         case "guests":
             return [guest.name for guest in guests]
+        case "pinned":
+            return [guest.name for guest in guests if guest.affinity is not None]
+        case "huge":
+            return [guest.name for guest in guests if guest.hugepages is not None]
         case "gpus":
             return [guest.name for guest in guests if guest.gpu is not None]
         case "mps" | "no_mps":

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pyinfra.api.state import StateStage
 
+import inventory
 from inventory import GpulabError
 from operations.proxmox import vm
 from operations.proxmox.client import Client
 from operations.proxmox.node_shell import NodeShell
+from tests.verify.healthy import Doctored, Verified, healthy, verify
+from verify.vm.api import Api
 
 from .conftest import Bench
 from .sites import add_task, own, root_on_the_node
@@ -763,3 +767,25 @@ def _other_ca() -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         return ca.authority(Path(folder)).certificate.read_text()
+
+
+def test_verify_sees_the_vm_as_declared(
+    api: Any, bench_of: Callable[..., Bench], node_shell: list[str], tmp_path: Path
+) -> None:
+    """With its own eyes and the same token; a guest whose agent is mute is seen, too."""
+    api.add_image()
+    use_mapping(api)
+    bench_of(**FULL).apply(vm.create_or_update)
+    api.power.snippets["snippets/gpulab-vendor.yaml"] = ""
+    assert api.wait(api.api().nodes("pve1").qemu(101).status.start.post()) == "OK"
+    lab = inventory.load(tmp_path / "lab.py")
+    node, guest = lab.nodes["pve1"], lab.guests["gpu01"]
+    process = {"pid": 9, "threads": [{"name": "CPU 0/KVM", "cpus": "0-1"}], "huge_mib": {"2048": guest.memory_mib}}
+
+    def checked() -> Verified:
+        seen = {**healthy(), "vm": Api(node).read_vm(guest), "process": process}
+        return verify(tmp_path / "lab.py", "--limit", "gpu01", "-k", "test_vm.py", plugin=Doctored(seen))
+
+    assert checked().ids("fail", "not run", "inconclusive") == set()
+    api.power.mute.add(101)
+    assert checked().ids("fail", "not run", "inconclusive") == {"vm.agent"}

@@ -41,19 +41,20 @@ def read(card: Card, folder: Path, client: str = "{}") -> dict[str, Any]:
 def test_card_is_read_at_rest_and_at_work(card: Card, tmp_path: Path) -> None:
     gpu = read(card, tmp_path)
 
-    assert gpu["link_generation"] == 1
-    assert (gpu["work"]["error"], gpu["work"]["generation"], gpu["work"]["by"]) == ("", 4, [])
+    work = gpu["work"]
+    # At rest the generation is 1.
+    assert (work["error"], work["generation"], work["width"], work["by"]) == ("", 4, 16, [])
     assert (gpu["power_limit_w"], gpu["replays"], gpu["processes"]) == (140.0, [0, 0], [])
     # The counters of ECC, which is off.
     assert [key for key, value in gpu.items() if value is None] == ["ecc_uncorrected"]
 
 
 def test_slow_link_shows_at_work(card: Card, tmp_path: Path) -> None:
-    card.faults(link_generation=2, event_reasons=0x80)
+    card.faults(link_generation=2, link_width=8, event_reasons=0x80)
 
     work = read(card, tmp_path)["work"]
 
-    assert (work["generation"], work["reasons"]) == (2, 0x80)
+    assert (work["generation"], work["width"], work["reasons"]) == (2, 8, 0x80)
 
 
 def test_users_of_the_card_are_left_alone(card: Card, tmp_path: Path) -> None:

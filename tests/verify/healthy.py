@@ -105,7 +105,7 @@ GUEST: dict[str, Any] = {
             "memory_budget_mib": 1024,
             "pool_init_mib": 256,
             "indexes": {
-                "sky": {"type": "GPU_CAGRA", "adapt_for_cpu": True, "ef": 128},
+                "sky": {"type": "GPU_CAGRA"},
                 "flat": {"type": "HNSW", "metric": "COSINE"},
             },
             "collections": [{"name": "spectra", "tenant": "astro", "dimension": 128, "index": "sky"}],
@@ -125,7 +125,7 @@ def torch_job() -> dict[str, Any]:
     saw = {
         "torch": "2.13.0", "cuda": "13.0", "devices": 1, "versions": {"torch": "2.13.0", "einops": "0.8.2"},
         "uid": 850, "capabilities": 0, "no_new_privileges": True, "root_writable": False,
-        "environment": environment, "memory_max": "max", "changed": [],
+        "environment": environment, "memory_max": "max", "changed": [], "computed": "",
         "own": ["pip", "einops"],
     }  # fmt: skip
     return {"status": 0, "saw": saw, "said": ""}
@@ -300,10 +300,24 @@ def healthy() -> dict[str, Any]:
                 "onboot": 1,
                 "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
                 "net1": "virtio=bc:24:11:00:00:02,bridge=vmbr1,mtu=9000,tag=30",
-                "scsi0": "local-lvm:vm-101-disk-0,discard=on,size=64G",
-                "scsi1": "local-lvm:vm-101-disk-1,discard=on,size=200G",
+                "scsi0": "local-lvm:vm-101-disk-0,discard=on,iothread=1,size=64G,ssd=1",
+                "scsi1": "local-lvm:vm-101-disk-1,discard=on,iothread=1,size=200G,ssd=1",
+                "bios": "ovmf",
+                "balloon": 0,
+                "scsihw": "virtio-scsi-single",
+                "boot": "order=scsi0",
+                "agent": "enabled=1",
+                "ciuser": "debian",
+                "ciupgrade": 0,
             },
+            "agent": "",
             "mapping": ["id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad"],
+        },
+        "process": {
+            "pid": 4711,
+            "threads": [{"name": name, "cpus": "0-7"} for name in ("kvm", "vhost-4711", "CPU 0/KVM", "CPU 1/KVM")],
+            "huge_mib": {"1048576": 16384},
+            "simulated": [],
         },
         "backup": {
             "job": {
@@ -386,8 +400,6 @@ def healthy() -> dict[str, Any]:
                         "id": "10de:24b0",
                         "bus": "00000000:01:00.0",
                         "memory_mib": 16376,
-                        "link_width": 16,
-                        "link_generation": 1,
                         "persistence": 1,
                         "ecc": 0,
                         "ecc_pending": 0,
@@ -411,6 +423,7 @@ def healthy() -> dict[str, Any]:
                             "by": [],
                             "error": "",
                             "generation": 4,
+                            "width": 16,
                             "clock_mhz": 1545,
                             "use": 40,
                             "reasons": 0x4,
@@ -565,13 +578,14 @@ def searched() -> dict[str, Any]:
         },
     }
     graph = {"intermediate_graph_degree": "128", "graph_degree": "64", "build_algo": "IVF_PQ"}
-    graph |= {"cache_dataset_on_device": "false", "adapt_for_cpu": "true"}
+    graph |= {"cache_dataset_on_device": "false", "adapt_for_cpu": "false"}
     spectra = {
         "told": told(),
         "dimension": 128,
         "loaded": True,
-        "rows": 10_000,
+        "rows": 20_000,
         "index": {"index_type": "GPU_CAGRA", "metric_type": "L2", **graph},
+        "indexed": 20_000,
         "search": told(seconds=0.004, found=100),
     }
     strangers = ("nobody", "root with Milvus' first password", "root with a wrong password", "a user that nobody has")
@@ -591,7 +605,7 @@ def searched() -> dict[str, Any]:
         "profiles": {
             "sky": {
                 "index_type": "GPU_CAGRA", "metric_type": "L2", "params": {**graph, "graph_degree": 64},
-                "search": {"ef": 128}, "top_k": 100,
+                "search": {"itopk_size": 128}, "top_k": 100,
             },
             "flat": {
                 "index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200},
@@ -759,10 +773,10 @@ class Verified(Judged):
 VERIFIED: list[Verified] = []
 
 
-def verify(lab: Path, *options: str, plugin: object | None = None) -> Verified:
-    """Run verify inside of this process, as `pytest verify --lab` does."""
+def verify(lab: Path, *options: str, plugin: object | None = None, only: str = "verify") -> Verified:
+    """Run verify, or `only` a folder or file of it, inside of this process, as `pytest verify --lab` does."""
     folder = lab.parent / "report"
-    arguments = [str(ROOT / "verify"), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--benchmarks=full"]
+    arguments = [str(ROOT / only), f"--rootdir={ROOT}", f"--lab={lab}", f"--report={folder}", "--benchmarks=full"]
     # The last one would collect garbage ten times a run, for what the tests' own pytest tells as well.
     quiet = ["-q", *(f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest", "unraisableexception"))]
     status = int(pytest.main([*arguments, *quiet, *options], plugins=[plugin] if plugin else []))

@@ -34,6 +34,9 @@ class Pve(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Pve
 
+    def do_POST(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         path = self.path.removeprefix("/api2/json")
         self.server.asked.append(path)
@@ -74,6 +77,7 @@ def pve(tmp_path: Path) -> Iterator[Pve]:
             {"key": "memory", "value": "16384", "pending": "8192"},
             {"key": "balloon", "value": 0, "delete": 1},
         ],
+        "/nodes/pve1/qemu/101/agent/ping": {"result": {}},
         "/cluster/mapping/pci/a4000": {"id": "a4000", "map": found["mapping"]},
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -97,6 +101,22 @@ def test_vm_is_read_as_it_is_now(lab: Lab, pve: Pve) -> None:
     found = api_of(lab).read_vm(lab.guests["gpu01"])
 
     assert found == {**healthy()["vm"], "pending": ["memory", "balloon"]}
+
+
+@pytest.mark.parametrize(
+    "answer", [(500, "QEMU guest agent is not running"), (403, "Permission check failed (/vms/101, VM.Monitor)")]
+)
+def test_agent_that_does_not_answer_is_told(lab: Lab, pve: Pve, answer: tuple[int, str]) -> None:
+    pve.paths["/nodes/pve1/qemu/101/agent/ping"] = answer
+
+    assert answer[1] in api_of(lab).read_vm(lab.guests["gpu01"])["agent"]
+
+
+def test_agent_of_a_stopped_vm_is_not_asked(lab: Lab, pve: Pve) -> None:
+    pve.paths["/nodes/pve1/qemu/101/status/current"] = {"status": "stopped"}
+
+    assert api_of(lab).read_vm(lab.guests["gpu01"])["agent"] is None
+    assert not [path for path in pve.asked if "agent" in path]
 
 
 def test_api_is_asked_once_for_its_version(lab: Lab, pve: Pve) -> None:

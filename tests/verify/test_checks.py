@@ -49,6 +49,7 @@ INITRAMFS = "hypervisor.next_boot.initramfs"
 NEED_VM = [
     *("running", "cores", "memory", "machine", "gpu", "onboot", "network", "disks", "mapping", "pending"),
     *("cloudinit", "cpu_type", "numa", "pinning", "startup", "protection", "labels"),
+    *("hardware", "agent", "pinning.cpus", "pinning.pages", "disks.options", "disks.storage"),
 ]
 VM = {f"vm.{name}" for name in NEED_VM}
 MPS = {f"nvidia.mps.{name}" for name in ["limits", "server", "closed"]}
@@ -65,12 +66,13 @@ UNSEEN = {
     *("containers.cdi", "containers.cdi.fresh", "containers.gpu.daemon_reload", "containers.ollama.gpu"),
     "containers.healing",
     "containers.pytorch.cuda",
+    "containers.milvus.gpu",
     *(f"containers.{service}.{name}" for service in ("ollama", "milvus") for name in ["running", "gpu_visible"]),
     *(f"containers.{share}" for share in SHARES),
 }
 #: What only a job can tell.
 SEEN_BY_JOBS = {f"containers.pytorch.{name}" for name in ("environment", "cuda", "limits", "rights")}
-WORK = {f"nvidia.gpu.{name}" for name in ["link.generation", "throttle", "clocks"]}
+WORK = {f"nvidia.gpu.{name}" for name in ["link", "link.generation", "throttle", "clocks"]}
 UNITS = "nvidia.units"
 #: What is promised of every service while it runs, and in any case.
 WHILE = ["gpu_visible", "loopback", "hardening"]
@@ -84,10 +86,10 @@ OLLAMA = {f"containers.ollama.{name}" for name in [*WHILE, "api", "models", "gpu
 #: What Milvus has to answer for.
 OF_MILVUS = {
     f"containers.milvus.{name}"
-    for name in ("authorization", "tenants", "isolation", "collections", "indexes", "answers")
+    for name in ("authorization", "tenants", "isolation", "collections", "indexes", "gpu", "answers")
 }
 #: What a tenant that does not get in cannot tell.
-OF_TENANT = {f"containers.milvus.{name}" for name in ("isolation", "collections", "indexes", "answers")}
+OF_TENANT = {f"containers.milvus.{name}" for name in ("isolation", "collections", "indexes", "gpu", "answers")}
 OF_COLLECTION = {"containers.milvus.indexes", "containers.milvus.answers"}
 MILVUS = {"containers.milvus.healthy", *OF_MILVUS, *(f"containers.milvus.{name}" for name in WHILE)}
 ENGINE = {
@@ -110,6 +112,7 @@ ELSEWHERE = {"source": "/srv/web", "written": True, "on_data_disk": False}
 
 SERVICES = "containers.services"
 BY_OLLAMA = computing(900, "ollama", 5000, f"/system.slice/docker-{IDS['ollama']}.scope")
+BY_MILVUS = computing(901, "milvus", 800, f"/system.slice/docker-{IDS['milvus']}.scope")
 WIDE = [{"address": "0.0.0.0", "port": port, "program": "docker-proxy"} for port in (11434, 19530, 9091)]
 #: Name of a check of every service, the place below the service's observation, and what stands there instead.
 EACH_SERVICE: list[tuple[str, str, Any]] = [
@@ -209,7 +212,13 @@ CASES: list[Case] = [
     ),
     ("vm.exists", "vm", {"exists": False}, VM),
     ("vm.exists", "vm.config.tags", "gpu", set()),
-    ("vm.running", "vm.status", "stopped", set()),
+    ("vm.running", "vm.status", "stopped", {"vm.agent", "vm.pinning.cpus", "vm.pinning.pages"}),
+    ("vm.hardware", "vm.config.bios", "seabios", set()),
+    ("vm.hardware", "vm.config.balloon", 8192, set()),
+    ("vm.hardware", "vm.config.scsihw", "lsi", set()),
+    ("vm.hardware", "vm.config.boot", "order=net0", set()),
+    ("vm.agent", "vm.agent", "500 QEMU guest agent is not running", set()),
+    ("vm.agent", "vm.config.agent", "enabled=0", set()),
     ("vm.cores", "vm.config.cores", 4, set()),
     ("vm.memory", "vm.config.memory", "current=8192", set()),
     ("vm.machine", "vm.config.machine", "pc-i440fx-9.2", set()),
@@ -226,17 +235,28 @@ CASES: list[Case] = [
     ("vm.cloudinit", "vm.config.ipconfig1", "ip=192.0.2.7/24", set()),
     ("vm.cloudinit", "vm.config.nameserver", "192.0.2.54 192.0.2.53", set()),
     ("vm.cloudinit", "vm.config.searchdomain", "example", set()),
+    ("vm.cloudinit", "vm.config.ciuser", "root", set()),
+    ("vm.cloudinit", "vm.config.ciupgrade", 1, set()),
     ("vm.cpu_type", "vm.config.cpu", "x86-64-v2-AES", set()),
     ("vm.numa", "vm.config.numa", 0, set()),
     ("vm.numa", "vm.config.numa0", "memory=16384,cpus=0-3;6", set()),
     ("vm.numa", "vm.config.numa1", "memory=16384,cpus=4", set()),
     ("vm.pinning", "vm.config.affinity", "0-3", set()),
     ("vm.pinning", "vm.config.hugepages", "2", set()),
+    ("vm.pinning.cpus", "process.threads.2.cpus", "0-8", set()),
+    ("vm.pinning.cpus", "process.threads.1.cpus", "0-63", set()),
+    ("vm.pinning.cpus", "process.threads", [{"name": "kvm", "cpus": "0-7"}], set()),
+    ("vm.pinning.cpus", "process.threads", [{"name": "CPU 0/KVM", "cpus": "0-3"}], set()),
+    ("vm.pinning.pages", "process.huge_mib", {}, set()),
+    ("vm.pinning.pages", "process.huge_mib", {"2048": 16384}, set()),
     ("vm.startup", "vm.config.startup", "2", set()),
     ("vm.protection", "vm.config.protection", 0, set()),
     ("vm.labels", "vm.config.tags", "gpulab;gpu;other", set()),
     ("vm.labels", "vm.config.description", "Another.", set()),
-    ("vm.disks", "vm.config.scsi1", "local-lvm:vm-101-disk-1,size=20G", set()),
+    ("vm.disks", "vm.config.scsi1", "local-lvm:vm-101-disk-1,discard=on,iothread=1,size=20G,ssd=1", set()),
+    ("vm.disks.options", "vm.config.scsi0", "local-lvm:vm-101-disk-0,discard=on,size=64G,ssd=1", set()),
+    ("vm.disks.options", "vm.config.scsi1", "local-lvm:d,backup=0,discard=on,iothread=1,size=200G,ssd=1", set()),
+    ("vm.disks.storage", "vm.config.scsi1", "slow:vm-101-disk-1,discard=on,iothread=1,size=200G,ssd=1", set()),
     ("vm.disks", "vm.config.scsi0", "", set()),
     ("vm.backup.job", "backup.job", None, set()),
     ("vm.backup.job", "backup.job.enabled", 0, set()),
@@ -300,14 +320,20 @@ CASES: list[Case] = [
     ("nvidia.gpu.visible", "nvidia.on_bus", [], {"nvidia.gpu.xid"}),
     ("nvidia.gpu.memory", "nvidia.nvml.gpus.0.memory_mib", 8188, set()),
     ("nvidia.gpu.client", "nvidia.nvml.gpus.0.work.error", "cuInit: CUDA_ERROR_NO_DEVICE (100)", WORK),
-    ("nvidia.gpu.link", "nvidia.nvml.gpus.0.link_width", 8, set()),
-    ("nvidia.gpu.link", "nvidia.nvml.gpus.0.link_width", None, set()),
+    ("nvidia.gpu.link", "nvidia.nvml.gpus.0.work.width", 8, set()),
+    ("nvidia.gpu.link", "nvidia.nvml.gpus.0.work.width", None, set()),
     ("nvidia.gpu.link.generation", "nvidia.nvml.gpus.0.work.generation", 2, set()),
     ("nvidia.gpu.link.generation", "nvidia.nvml.gpus.0.work.generation", None, set()),
     (
         "nvidia.gpu.link.generation",
         "nvidia.nvml.gpus.0.work",
-        {"by": ["ollama"], "error": "", "generation": 1, "clock_mhz": 1545, "use": 0, "reasons": 1},
+        {"by": ["ollama"], "error": "", "generation": 1, "width": 16, "clock_mhz": 1545, "use": 0, "reasons": 1},
+        set(),
+    ),
+    (
+        "nvidia.gpu.link",
+        "nvidia.nvml.gpus.0.work",
+        {"by": ["ollama"], "error": "", "generation": 4, "width": 4, "clock_mhz": 1545, "use": 0, "reasons": 1},
         set(),
     ),
     ("nvidia.gpu.replay", "nvidia.nvml.gpus.0.replays", [7, 9], set()),
@@ -342,7 +368,7 @@ CASES: list[Case] = [
     ("nvidia.mps.tenants", "nvidia.tenants.astro", profile("50", "1", "0=8192M"), set()),
     ("nvidia.mps.tenants", "nvidia.tenants", {"astro": profile("50", "1", "0=6144M")}, set()),
     ("nvidia.mps.tenants", "nvidia.tenants.gone", {}, set()),
-    ("nvidia.mps.uid", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "uid": 1000}], set()),
+    ("nvidia.mps.uid", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "uid": 1000}, BY_MILVUS], set()),
     (
         "containers.engine.active",
         "containers.engine",
@@ -383,15 +409,21 @@ CASES: list[Case] = [
     ("containers.ollama.running", f"{SERVICES}.ollama.running", False, OLLAMA),
     ("containers.milvus.running", f"{SERVICES}.milvus.running", False, MILVUS),
     ("containers.ollama.running", f"{SERVICES}.ollama.health", "unhealthy", set()),
-    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": 8193}], set()),
-    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": None}], set()),
-    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [BY_OLLAMA, {**BY_OLLAMA, "pid": 9}], set()),
+    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": 8193}, BY_MILVUS], set()),
+    ("containers.ollama.budget", "nvidia.nvml.gpus.0.processes", [{**BY_OLLAMA, "memory_mib": None}, BY_MILVUS], set()),
+    (
+        "containers.ollama.budget",
+        "nvidia.nvml.gpus.0.processes",
+        [BY_OLLAMA, {**BY_OLLAMA, "pid": 9}, BY_MILVUS],
+        set(),
+    ),
     ("containers.milvus.budget", "nvidia.nvml.gpus.0.processes.2.memory_mib", 1025, set()),
     ("containers.tenants.astro.budget", "nvidia.nvml.gpus.0.processes.3.memory_mib", 6145, set()),
     ("containers.card.foreign", "nvidia.nvml.gpus.0.processes.0.name", "python3", set()),
     ("containers.card.foreign", "nvidia.nvml.gpus.0.processes.1.cgroup", f"/docker/{64 * '9'}", set()),
     # A tenant without a share runs no jobs.
     ("containers.card.foreign", "containers.data.containers.2.tenant", "ml", set()),
+    ("containers.milvus.gpu", "nvidia.nvml.gpus.0.processes", [BY_OLLAMA], set()),
     *[
         (f"containers.{service}.{name}", f"{SERVICES}.{service}.{place}", value, set())
         for service in ("ollama", "milvus")
@@ -485,7 +517,7 @@ CASES: list[Case] = [
     ("containers.milvus.indexes", f"{SPECTRA}.index.metric_type", "IP", set()),
     ("containers.milvus.indexes", f"{SPECTRA}.index.graph_degree", "32", set()),
     ("containers.milvus.profiles", "milvus.profiles", None, set()),
-    ("containers.milvus.profiles", "milvus.profiles.sky.search", {"itopk_size": 128}, set()),
+    ("containers.milvus.profiles", "milvus.profiles.sky.search", {"itopk_size": 64}, set()),
     ("containers.milvus.profiles", "milvus.profiles.other", {"index_type": "HNSW"}, set()),
     ("containers.milvus.answers", f"{SPECTRA}.search", told("REFUSED", "no", seconds=0.1, found=0), set()),
     ("containers.milvus.answers", f"{SPECTRA}.search.seconds", 10.1, set()),
@@ -496,6 +528,7 @@ CASES: list[Case] = [
     ("containers.pytorch.environment", "pytorch.job.saw.own", ["einops", "stars"], set()),
     ("containers.pytorch.environment", "pytorch.job.saw.changed", ["einops/einops.py"], set()),
     ("containers.pytorch.cuda", "pytorch.job.saw.devices", 0, set()),
+    ("containers.pytorch.cuda", "pytorch.job.saw.computed", "CUDA error: out of memory", set()),
     ("containers.pytorch.limits", "pytorch.job.saw.environment.CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", None, set()),
     ("containers.pytorch.limits", "pytorch.job.saw.environment.GPULAB_TORCH_MEMORY_FRACTION", "1.000000", set()),
     ("containers.pytorch.limits", "pytorch.job.saw.memory_max", "1073741824", set()),
@@ -653,7 +686,7 @@ def shared(sharing: str) -> dict[str, Any]:
     nvidia = observations["nvidia"]
     nvidia |= {"mps": None, "tenants": {}}
     nvidia["units"]["gpulab-mps.service"] = {"active": "", "enabled": ""}
-    nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": []}
+    nvidia["nvml"]["gpus"][0] |= {"compute_mode": 0 if sharing == "time-slice" else 3, "processes": [BY_MILVUS]}
     for service in observations["containers"]["services"].values():
         service["privileges"] |= {"uid": 0, "ipc": "own"}
     observations["pytorch"]["job"]["saw"]["environment"]["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = None
@@ -1040,6 +1073,43 @@ def test_what_milvus_holds_is_told(tmp_path: Path) -> None:
     assert run.ids("fail", "not run") == set()
     assert run.result("containers.milvus.answers")["message"] == "astro.spectra: empty in 4 ms"
     assert run.result("containers.milvus.collections")["message"] == "astro.spectra: 0 rows"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"loaded": False, "search": None}, {"indexed": 500}, {"index": {"index_type": "HNSW"}}, {"adapted": True}]
+)
+def test_milvus_needs_no_gpu_for_what_is_not_searched_there(tmp_path: Path, keys: dict[str, Any]) -> None:
+    observations = doctored("nvidia.nvml.gpus.0.processes", [BY_OLLAMA])
+    spectra = observations["milvus"]["collections"]["astro.spectra"]
+    if keys.pop("adapted", False):
+        spectra["index"]["adapt_for_cpu"] = "true"
+    spectra |= keys
+
+    run = verify(lab_file(tmp_path), "-k", "containers.milvus.gpu", plugin=Doctored(observations))
+
+    assert run.result("containers.milvus.gpu")["message"] == "no collection with an index for the GPU in memory"
+
+
+def test_simulated_vm_has_no_process_of_qemu(tmp_path: Path) -> None:
+    observations = doctored("process", {"pid": None, "threads": [], "huge_mib": {}})
+    pinning = {"vm.pinning.cpus", "vm.pinning.pages"}
+    simulated = {"simulated": "rehearsal", "expected_not_run": ["vm.pinning.*"]}
+
+    run = verify(lab_file(tmp_path, guest=simulated), plugin=Doctored(observations))
+    assert (run.status, run.ids("not run"), run.ids("fail")) == (0, pinning, set())
+
+    assert verify(lab_file(tmp_path), plugin=Doctored(observations)).ids("fail") == pinning
+
+
+def test_vm_that_declares_no_cpus_is_not_asked_for_its_process(tmp_path: Path) -> None:
+    observations = doctored("process", None)
+    for key in ("affinity", "hugepages"):
+        del observations["vm"]["config"][key]
+
+    run = verify(lab_file(tmp_path, guest={"affinity": None, "hugepages": None}), plugin=Doctored(observations))
+
+    assert run.status == 0
+    assert not [id_ for id_ in run.ids("pass") if id_.startswith("vm.pinning.")]
 
 
 def test_milvus_without_tenants_has_no_rights_to_check(tmp_path: Path) -> None:

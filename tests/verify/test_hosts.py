@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,41 @@ def test_secrets_go_over_stdin_and_to_one_read_alone(tmp_path: Path, server: Ssh
     assert not [word for word in found["words"] if "hidden" in word]
     assert connection.read(echo, {})["stdin"] == ""
     connection.close()
+
+
+def test_two_reads_at_once_have_a_channel_each(tmp_path: Path, server: SshServer, client_key: Path) -> None:
+    """Each with its own secret and its own limit, over one connection that both of them may have to open."""
+    connection = Connection(node_at(tmp_path, server.port, server.line()))
+    meeting = script(
+        tmp_path,
+        "import json, os, sys, time\n"
+        "arguments = json.loads(sys.argv[1])\n"
+        "open(arguments['mine'], 'w').close()\n"
+        "while not os.path.exists(arguments['other']): time.sleep(0.01)\n"
+        "print(json.dumps({'stdin': sys.stdin.read()}))",
+    )
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+
+    def read(mine: str, other: str) -> dict[str, Any]:
+        return connection.read(meeting, {"mine": mine, "other": other}, limit_s=30.0, secret={"of": mine})
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(read, paths, reversed(paths)))
+
+    assert [json.loads(each["stdin"]) for each in found] == [{"of": path} for path in paths]
+    assert server.connections == 1
+    connection.close()
+
+
+def test_services_are_read_beside_the_card_unless_it_is_measured(tmp_path: Path) -> None:
+    lab = inventory.load(lab_file(tmp_path))
+
+    def lanes(benchmarks: str) -> set[str]:
+        made = Readers(lab, benchmarks)
+        return {made.lane("gpu01", subject) for subject in ("system", "nvidia", "access", "milvus", "pytorch")}
+
+    assert lanes("off") == {"gpu01", "beside gpu01"}
+    assert lanes("quick") == lanes("full") == {"gpu01"}
 
 
 def test_unknown_host_key_is_refused(tmp_path: Path, server: SshServer, client_key: Path) -> None:
@@ -266,7 +303,7 @@ def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
     assert name == "milvus_remote.py"
     assert secret == {"root": root, "astro": astro, "ml": None}
     assert root not in str(arguments) and astro not in str(arguments)
-    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"ef": 128}}
+    search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"itopk_size": 128}}
     assert arguments["databases"] == {"astro": {"spectra": search}, "ml": {}}
 
 

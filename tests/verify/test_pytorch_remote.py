@@ -56,6 +56,50 @@ def test_environment_as_installed_has_no_changed_files(site: Path) -> None:
     assert (found["versions"]["stars"], found["torch"]) == ("1.0", "2.13.0")
 
 
+#: A torch with CUDA whose device multiplies as it is told.
+ON_A_DEVICE = """
+__version__ = "2.13.0"
+class version: cuda = "13.0"
+class cuda:
+    def device_count(): return 1
+class Matrix:
+    def __init__(self, rows): self.rows = rows
+    def remainder(self, by): return Matrix([value % by for value in self.rows])
+    def float(self): return self
+    def repeat(self, count, _): return Matrix([list(self.rows)] * count)
+    def cuda(self): return Matrix(self.rows)
+    def cpu(self): return self
+    @property
+    def T(self): return self
+    def __getitem__(self, index): return Matrix(self.rows[index])
+    def __mul__(self, other): return Matrix([a * b for a, b in zip(self.rows, other.rows)])
+    def sum(self): return sum(self.rows)
+    def __matmul__(self, other): DEVICE
+    def __eq__(self, value): return Matrix([[entry == value for entry in row] for row in self.rows])
+    def all(self): return all(all(row) for row in self.rows)
+def arange(count): return Matrix(list(range(count)))
+"""
+RIGHT = "return Matrix([[float(sum(x * x for x in self.rows[0]))] * 4] * 4)"
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        (RIGHT, ""),
+        ("return Matrix([[0.0] * 4] * 4)", "a wrong product"),
+        ("raise RuntimeError('CUDA error: out of memory')", "CUDA error: out of memory"),
+    ],
+)
+def test_job_computes_on_the_device(site: Path, device: str, said: str) -> None:
+    (site.parent.parent / "torch.py").write_text(ON_A_DEVICE.replace("DEVICE", device))
+
+    assert saw(site)["computed"] == said
+
+
+def test_torch_without_cuda_computes_nothing(site: Path) -> None:
+    assert saw(site)["computed"] is None
+
+
 def test_files_that_are_not_their_packages_are_named(site: Path) -> None:
     (site / "stars/__init__.py").write_text("x = 2")
     assert saw(site)["changed"] == ["stars/__init__.py"]

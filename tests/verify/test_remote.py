@@ -27,7 +27,9 @@ from verify.containers import remote as containers
 from verify.hypervisor import remote as hypervisor
 from verify.nvidia import remote as nvidia
 from verify.system import remote as system
+from verify.vm import process_remote as process
 from verify.vm import remote as vm
+from verify.vm.api import cpus
 
 VFIO = "options vfio-pci disable_idle_d3=1\nblacklist nouveau\n"
 OPTIONS = {"vfio_pci": {"disable_idle_d3": "1"}}
@@ -591,8 +593,6 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "id": "10de:24b0",
             "bus": "00000000:01:00.0",
             "memory_mib": 16376,
-            "link_width": 16,
-            "link_generation": 1,
             "persistence": None,
             "accounting": None,
             "compute_mode": None,
@@ -610,7 +610,15 @@ def test_gpu_as_nvml_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 {"pid": os.getpid(), "name": name, "uid": os.getuid(), "memory_mib": 5, "cgroup": cgroup},
             ],
             # This process is on the card: its load is the load.
-            "work": {"by": [name], "error": "", "generation": 1, "clock_mhz": None, "use": None, "reasons": None},
+            "work": {
+                "by": [name],
+                "error": "",
+                "generation": 1,
+                "width": 16,
+                "clock_mhz": None,
+                "use": None,
+                "reasons": None,
+            },
         }
     ]
     assert not folder.exists()
@@ -1143,6 +1151,71 @@ def test_jobs_and_backups_are_read_through_pvesh(monkeypatch: pytest.MonkeyPatch
     else:
         assert (found["job"], found["backups"], found["meta"]) == (None, [], None)
         assert found["error"] == "Configuration file 'x' does not exist"
+
+
+# A VM's process.
+
+
+SMAPS = """7f0000000000-7f0400000000 rw-s 00000000 00:2f 77 /run/hugepages/kvm/1048576kB/qemu_back_mem._objects_ram-node0.x (deleted)
+Size:           16777216 kB
+KernelPageSize:  1048576 kB
+MMUPageSize:     1048576 kB
+Rss:                   0 kB
+Shared_Hugetlb:        0 kB
+Private_Hugetlb: 16777216 kB
+7f1000000000-7f1000200000 rw-p 00000000 00:00 0
+Size:               2048 kB
+KernelPageSize:        4 kB
+MMUPageSize:           4 kB
+Rss:                2048 kB
+Shared_Hugetlb:        0 kB
+Private_Hugetlb:       0 kB
+7f2000000000-7f2000400000 rw-s 00000000 00:2e 78 /run/hugepages/kvm/2048kB/x
+KernelPageSize:     2048 kB
+Shared_Hugetlb:     4096 kB
+Private_Hugetlb:    2048 kB
+"""  # noqa: E501
+
+
+def test_process_of_a_vm_is_read(tmp_path: Path) -> None:
+    put(tmp_path, "run/qemu-server/101.pid", "4711\n")
+    put(tmp_path, "proc/4711/smaps", SMAPS)
+    for tid, name, allowed in ((4711, "kvm", "0-7"), (4712, "CPU 0/KVM", "2,6")):
+        put(tmp_path, f"proc/4711/task/{tid}/comm", f"{name}\n")
+        put(
+            tmp_path,
+            f"proc/4711/task/{tid}/status",
+            f"Name:\t{name}\nCpus_allowed:\tff\nCpus_allowed_list:\t{allowed}\n",
+        )
+    # One that has ended between two looks.
+    (tmp_path / "proc/4711/task/4713").mkdir()
+
+    found = process.observe(101, True, tmp_path)
+
+    assert sorted(found["threads"], key=lambda each: each["name"]) == [
+        {"name": "CPU 0/KVM", "cpus": "2,6"},
+        {"name": "kvm", "cpus": "0-7"},
+    ]
+    assert (found["pid"], found["huge_mib"]) == (4711, {"1048576": 16384, "2048": 6})
+    assert process.observe(101, False, tmp_path)["huge_mib"] == {}
+
+
+@pytest.mark.parametrize("pid", [None, "4712\n", ""])
+def test_vm_without_a_process_is_told(tmp_path: Path, pid: str | None) -> None:
+    if pid is not None:
+        put(tmp_path, "run/qemu-server/101.pid", pid)
+
+    assert process.observe(101, True, tmp_path)["pid"] is None
+
+
+def test_threads_of_a_real_process_are_read(tmp_path: Path) -> None:
+    put(tmp_path, "run/qemu-server/7.pid", f"{os.getpid()}\n")
+    (tmp_path / "proc").symlink_to("/proc")
+
+    found = process.observe(7, True, tmp_path)
+
+    assert found["threads"] and all(cpus(each["cpus"]) for each in found["threads"])
+    assert cpus(found["threads"][0]["cpus"]) == os.sched_getaffinity(os.getpid())
 
 
 # Milvus. What the real server answers: tests/rehearsal/test_milvus_verify.py.

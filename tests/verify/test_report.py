@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,8 @@ def test_json_counts_and_names(tmp_path: Path) -> None:
 
     run = verify(lab_file(tmp_path), plugin=Doctored(observations))
 
-    assert run.json["checks"] == len(run.json["results"]) == run.json["passed"] + 1
-    assert (run.json["failed"], run.json["inconclusive"], run.json["not_run"]) == (1, 0, 0)
+    assert run.json["checks"] == len(run.json["results"]) == run.json["passed"] + 4
+    assert (run.json["failed"], run.json["inconclusive"], run.json["not_run"]) == (1, 0, 3)
     assert run.json["lab"] == "lab" and run.json["exit_status"] == run.status == 1
     assert run.result("vm.running") | {"duration_s": 0} == {
         "id": "vm.running",
@@ -93,6 +95,33 @@ def test_json_counts_and_names(tmp_path: Path) -> None:
         "expected": False,
         "waiver": "",
     }
+
+
+class Slow(Doctored):
+    """A read that does not end before a check waits for it, and then takes a while."""
+
+    WHILE_S = 0.2
+
+    def __init__(self) -> None:
+        super().__init__(healthy())
+        self.waited_for = threading.Event()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        self.waited_for.set()
+
+    def read(self, host: str, subject: str) -> dict[str, Any]:
+        self.waited_for.wait()
+        time.sleep(self.WHILE_S)
+        return super().read(host, subject)
+
+
+def test_waiting_for_a_read_counts_to_the_first_check_of_it(tmp_path: Path) -> None:
+    run = verify(lab_file(tmp_path), "-k", "system.address", plugin=Slow())
+
+    assert run.result("system.address")["duration_s"] >= Slow.WHILE_S
+    assert run.json["reads"]["gpu01"].keys() == {"system"}
+    assert run.json["reads"]["gpu01"]["system"] >= Slow.WHILE_S
 
 
 def test_page_says_when_and_of_what_revision(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,44 @@ def test_limit_chooses_hosts_and_the_api_that_answers_for_them(tmp_path: Path) -
     of_the_node = {result["id"] for result in run.json["results"] if result["host"] == "pve1"}
     assert of_the_node == {"vm.api.reachable", "vm.undeclared"}
     assert run.status == PASSED
+
+
+@pytest.mark.parametrize(
+    ("options", "only", "chosen"),
+    [
+        (["-m", "critical"], "verify", lambda result: result["severity"] == "critical"),
+        (["-k", "milvus"], "verify", lambda result: "milvus" in result["id"]),
+        (["-k", "nvidia.driver"], "verify", lambda result: result["id"].startswith("nvidia.driver.")),
+        ([], "verify/nvidia", lambda result: result["subject"] == "nvidia"),
+        (
+            ["--limit", "gpu01", "-k", "gpu.link"],
+            "verify/nvidia/test_gpu.py",
+            lambda result: "gpu.link" in result["id"],
+        ),
+    ],
+)
+def test_part_of_the_checks_is_chosen(
+    tmp_path: Path, options: list[str], only: str, chosen: Callable[[dict[str, Any]], bool]
+) -> None:
+    """All of what is chosen and nothing else, and what is not chosen does not fail the run."""
+    observations = healthy()
+    observations["hypervisor"]["cmdline"] = "quiet"
+    lab = lab_file(tmp_path)
+    whole = verify(lab, plugin=Doctored(observations))
+    (lab.parent / "report/verify.prom").unlink()
+
+    run = verify(lab, *options, only=only, plugin=Doctored(observations))
+
+    assert (whole.status, run.status, run.ids("fail")) == (FAILED, PASSED, set())
+    assert run.ids("pass") == {result["id"] for result in whole.results if chosen(result)}
+    assert not (lab.parent / "report/verify.prom").exists()
+
+
+def test_choice_of_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = verify(lab_file(tmp_path), "--limit", "pve1", "-k", "milvus", plugin=Doctored(healthy()))
+
+    assert (run.status, run.results) == (INCOMPLETE, [])
+    assert "nothing was checked: no check is of --limit pve1 -k 'milvus'" in capsys.readouterr().out
 
 
 def test_data_reaches_the_inventory(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def waiver(id_: str = LINK, until: object = LATER, **keys: str) -> str:
 def narrow() -> dict[str, Any]:
     """The healthy lab with a card in a slot of eight lanes."""
     observations = healthy()
-    observations["nvidia"]["nvml"]["gpus"][0]["link_width"] = 8
+    observations["nvidia"]["nvml"]["gpus"][0]["work"]["width"] = 8
     return observations
 
 
@@ -52,7 +52,7 @@ def test_waived_failure_is_shown_and_does_not_count(tmp_path: Path, capsys: pyte
     result = run.result(LINK)
     assert result["verdict"] == "waived"
     assert result["waiver"] == f"eight lanes; a new board is ordered, until {LATER}"
-    assert "link of x8, expected x16" in result["message"]
+    assert "link of x8 under load, expected x16" in result["message"]
     assert (run.json["failed"], run.json["waived"]) == (0, 1)
     said = capsys.readouterr().out
     assert f"WAIVED {LINK} [major] gpu01 (eight lanes; a new board is ordered, until {LATER})" in said
@@ -101,7 +101,7 @@ def test_waiver_is_for_its_own_host_and_check_alone(tmp_path: Path) -> None:
 
 def test_waiver_covers_what_cannot_be_told(tmp_path: Path) -> None:
     observations = healthy()
-    observations["nvidia"]["nvml"]["gpus"][0]["link_width"] = None
+    observations["nvidia"]["nvml"]["gpus"][0]["work"]["width"] = None
 
     run = run_with(tmp_path, waiver(), observations=observations)
 
@@ -119,7 +119,7 @@ def test_waiver_covers_no_check_that_did_not_run(tmp_path: Path) -> None:
 
 def test_waiver_covers_no_check_that_broke(tmp_path: Path) -> None:
     observations = healthy()
-    del observations["nvidia"]["nvml"]["gpus"][0]["link_width"]
+    del observations["nvidia"]["nvml"]["gpus"][0]["work"]["width"]
 
     run = run_with(tmp_path, waiver(), observations=observations)
 

@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
 from verify.benchmarks import history
+from verify.benchmarks.contract import Report
 from verify.benchmarks.history import WINDOW, Past
 from verify.benchmarks.judging import Judgement
 from verify.benchmarks.measured import Measured
@@ -63,6 +64,7 @@ def figures(host: str, measured: Measured) -> list[Figure]:
     found = [
         *_of_limits(measured.judgements),
         *_of_roofs(measured.judgements),
+        *_of_shares(report),
         *_of_history(measured),
         *_of_telemetry(report.telemetry),
     ]
@@ -70,14 +72,7 @@ def figures(host: str, measured: Measured) -> list[Figure]:
     return [Figure(f"{title}{each.title}", each.svg, f"{about}. {each.note}") for each in found]
 
 
-class Shared(Protocol):
-    """What of mpsbench's report is drawn: points of `mps.share` and `mps.together`."""
-
-    @property
-    def series(self) -> Mapping[str, Sequence[Sequence[float]]]: ...
-
-
-def shares(report: Shared) -> list[Figure]:
+def _of_shares(report: Report) -> list[Figure]:
     """How clients of MPS share the card; none where nothing was measured."""
     found = []
     if points := [(percent, share) for percent, share in report.series.get("mps.share", [])]:

@@ -186,11 +186,13 @@ def abroad(server: Server, login: str, database: str, collections: list[str]) ->
 
 
 def described(server: Server, login: str, database: str, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
-    """A collection: is it there (`told`), `dimension`, `loaded`, number of `rows`, `index`, and a `search` of it."""
+    """A collection: is it there (`told`), `dimension`, `loaded`, number of `rows`, `index`, number of rows that are
+    `indexed`, and a `search` of it.
+    """
     api = server.api
     told, schema = server.ask(api.DescribeCollectionRequest(collection_name=name), login, database)
     found: dict[str, Any] = {
-        "told": told, "dimension": None, "loaded": False, "rows": None, "index": None, "search": None
+        "told": told, "dimension": None, "loaded": False, "rows": None, "index": None, "indexed": 0, "search": None
     }  # fmt: skip
     if told["status"] != "OK":
         return found
@@ -204,7 +206,7 @@ def described(server: Server, login: str, database: str, name: str, wanted: dict
     answer = server.ask(api.DescribeIndexRequest(collection_name=name), login, database)[1]
     for each in answer.index_descriptions if answer is not None else []:
         if each.field_name == FIELD:
-            found["index"] = parameters(each.params)
+            found["index"], found["indexed"] = parameters(each.params), each.indexed_rows
     if found["loaded"]:
         found["search"] = searched(server, login, database, name, found["dimension"] or wanted["dimension"], wanted)
     return found

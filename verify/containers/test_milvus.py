@@ -15,6 +15,7 @@ from inventory.access import milvus_name, tenants_of
 from inventory.services import Collection, Milvus
 from verify.containers import indexes
 from verify.containers.running import running
+from verify.containers.test_card import users
 from verify.observations import Observation
 from verify.verdicts import Broken, not_run
 
@@ -26,6 +27,9 @@ UNKNOWN, FORBIDDEN = "UNAUTHENTICATED", "PERMISSION_DENIED"
 #: Seconds within which a search has to answer.
 SEARCH_S = 10.0
 FILE = "/etc/gpulab/milvus.json"
+#: Rows from which a collection must have an index in memory: Milvus makes none for a segment of less than 1024 rows,
+#: and merges ten small ones.
+INDEXED_ROWS = 10 * 1024
 
 
 @pytest.fixture
@@ -150,6 +154,34 @@ def test_indexes_are_as_declared(
     seen(", ".join(told) or "none declared")
 
 
+@pytest.mark.critical
+@pytest.mark.usefixtures("guest_sees_gpu")
+@pytest.mark.promise("containers.milvus.gpu", "gpu", fix="docker restart milvus on {host}; its log says more")
+def test_milvus_holds_gpu_indexes_on_the_gpu(
+    guest: Guest,
+    wanted: Milvus,
+    containers: Observation,
+    milvus: Observation,
+    nvidia: Observation,
+    seen: Callable[[str], None],
+) -> None:
+    """As the driver has it. An index that is adapted for the CPU is built on the GPU and searched without it."""
+    expected = [
+        f"{full_name(each)} ({found['indexed']} rows, {found['index']['index_type']})"
+        for each, found in declared(wanted, asked(containers, milvus))
+        if found["loaded"] and found["indexed"] >= INDEXED_ROWS and searched_on_gpu(found["index"])
+    ]
+    if not expected:
+        seen("no collection with an index for the GPU in memory")
+        return
+    held = [each for each in users(nvidia, containers) if each["share"] == "milvus"]
+    assert held, (
+        f"{guest.name}: Milvus has no process on the GPU, expected one that holds the indexes of {', '.join(expected)}"
+    )
+    memory = ", ".join("?" if each["memory_mib"] is None else f"{each['memory_mib']} MiB" for each in held)
+    seen(f"{', '.join(expected)}: {memory} of the GPU's memory")
+
+
 @pytest.mark.minor
 @pytest.mark.promise("containers.milvus.profiles", fix=DEPLOY)
 def test_profiles_are_there_for_users_programs(
@@ -217,6 +249,11 @@ def of_existing(each: Collection, found: dict[str, Any]) -> dict[str, Any]:
     if found["told"]["status"] != "OK":
         not_run(f"there is no collection {full_name(each)}: see containers.milvus.collections")
     return found
+
+
+def searched_on_gpu(index: Mapping[str, str] | None) -> bool:
+    """By what Milvus itself says of it."""
+    return index is not None and index["index_type"].startswith("GPU_") and index.get("adapt_for_cpu") != "true"
 
 
 def full_name(collection: Collection) -> str:

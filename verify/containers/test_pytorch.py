@@ -72,12 +72,15 @@ def test_environment_is_as_locked(guest: Guest, pytorch: Observation, seen: Call
 @pytest.mark.critical
 @pytest.mark.usefixtures("guest_sees_gpu")
 @pytest.mark.promise("containers.pytorch.cuda", "gpu", fix=DEPLOY)
-def test_job_sees_the_gpu(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
+def test_job_computes_on_the_gpu(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
     found = saw(pytorch)
     if not found["cuda"]:
         not_run(f"no CUDA build: torch {found['torch']}")
     assert found["devices"] == 1, f"{guest.name}: a job sees {found['devices']} GPUs, expected 1"
-    seen(f"CUDA {found['cuda']}")
+    assert not found["computed"], (
+        f"{guest.name}: a product of two matrices on the GPU ends with {found['computed']}, expected the right one"
+    )
+    seen(f"CUDA {found['cuda']}, a product of two matrices")
 
 
 @pytest.mark.major

@@ -373,8 +373,6 @@ def gpu(nvml: Any, index: int, client: dict[str, Any]) -> dict[str, Any]:
         "id": f"{pci.pciDeviceId & 0xFFFF:04x}:{pci.pciDeviceId >> 16:04x}",
         "bus": text(pci.busId),
         "memory_mib": memory.total // 2**20 if memory else None,
-        "link_width": ask("nvmlDeviceGetCurrPcieLinkWidth"),
-        "link_generation": ask("nvmlDeviceGetCurrPcieLinkGeneration"),
         "persistence": ask("nvmlDeviceGetPersistenceMode"),
         "accounting": ask("nvmlDeviceGetAccountingMode"),
         "compute_mode": ask("nvmlDeviceGetComputeMode"),
@@ -412,6 +410,7 @@ def at_work(
         "by": others,
         "error": "",
         "generation": None,
+        "width": None,
         "clock_mhz": None,
         "use": None,
         "reasons": 0,
@@ -445,6 +444,7 @@ def look(nvml: Any, ask: Question, found: dict[str, Any]) -> None:
     use = ask("nvmlDeviceGetUtilizationRates")
     values = {
         "generation": ask("nvmlDeviceGetCurrPcieLinkGeneration"),
+        "width": ask("nvmlDeviceGetCurrPcieLinkWidth"),
         "clock_mhz": ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_GRAPHICS),
         "use": use.gpu if use is not None else None,
     }

@@ -52,6 +52,8 @@ class Run:
     unexcused: list[str] = field(default_factory=list)
     #: Versions and the like, by host and name.
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    #: Seconds that each read took, by host and subject.
+    reads: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     #: Waivers in force whose check passed, each as a line.
     needless: list[str] = field(default_factory=list)
     #: Drawings of what was measured; they are in the page alone.
@@ -103,6 +105,7 @@ class Run:
             "unexcused": self.unexcused,
             "needless_waivers": self.needless,
             "facts": self.facts,
+            "reads": self.reads,
             "results": [dataclasses.asdict(result) for result in self.results],
         }
 
@@ -131,5 +134,6 @@ class Run:
             simulated=data["simulated"],
             unexcused=data["unexcused"],
             facts=data["facts"],
+            reads=data.get("reads", {}),
             needless=data["needless_waivers"],
         )

@@ -28,6 +28,8 @@ def lines(run: Run, since: Changes | None = None) -> list[str]:
         found += [f"    {line}" for line in result.message.splitlines()]
     found += [f"no longer needed, its check passed: the waiver of {line}" for line in run.needless]
     found += news(since) if since is not None else []
+    if not run.results:
+        found.append(f"nothing was checked: no check is of {run.selection or 'any host of this lab'}")
     counts = run.as_json()
     parts = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("passed", "failed", "inconclusive", "not_run")]
     parts += [f"{counts['waived']} waived"] if counts["waived"] else []

@@ -48,7 +48,8 @@ class Api:
         return {**found, "vms": sorted(vms, key=lambda vm: vm["id"])}
 
     def read_vm(self, guest: Guest) -> dict[str, Any]:
-        """The guest's VM as the API shows it now, what is pending, and the mapping of its GPU.
+        """The guest's VM as the API shows it now, what is pending, why its agent does not answer (empty: it does, None:
+        the VM does not run), and the mapping of its GPU.
 
         Raises:
             Unreadable: the API does not answer, refuses the token or lacks a privilege.
@@ -61,10 +62,12 @@ class Api:
         if config is None:
             return {"exists": False}
         mapping = self._get("cluster", "mapping", "pci", guest.gpu, absent="") if guest.gpu else None
+        status = self._get(*where, "status", "current")["status"]
         return {
             "exists": True,
             "config": config,
-            "status": self._get(*where, "status", "current")["status"],
+            "status": status,
+            "agent": self._ping(*where) if status == "running" else None,
             "pending": [
                 item["key"] for item in self._get(*where, "pending") if "pending" in item or item.get("delete")
             ],
@@ -119,6 +122,18 @@ class Api:
         simulated = ["the API"] if "simulated" in str(version).lower() else []
         return {"error": "", "state": "", "version": version["version"], "simulated": simulated}
 
+    def _ping(self, *where: str) -> str:
+        """What PVE says against a ping of the VM's agent; empty: it answered."""
+        if self._client is None:
+            raise Unreadable(f"the API of {self.node.name} was not reached")
+        try:
+            self._client([*where, "agent", "ping"]).post()
+        except ResourceException as error:
+            return f"{error.status_code} {error.content or error.status_message}".strip()
+        except requests.exceptions.RequestException:
+            return "no answer"
+        return ""
+
     def _get(self, *path: str, absent: str | None = None, **parameters: Any) -> Any:
         """One GET. None when PVE says by 404, or by 500 with the words `absent`, that there is no such thing."""
         if self._client is None:
@@ -167,3 +182,12 @@ def size_gib(volume: str) -> float | None:
     """The size that PVE states for a volume (`…,size=64G`), GiB; None when it states none."""
     found = re.search(r"(?:^|,)size=([0-9]+)([KMGT])(?:,|$)", volume)
     return int(found[1]) * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}[found[2]] if found else None
+
+
+def cpus(text: str) -> set[int]:
+    """The numbers of a list of CPUs, `0-3,6`."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found

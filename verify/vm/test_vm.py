@@ -13,13 +13,23 @@ from inventory import Guest, Node
 from verify.hypervisor.declared import slot
 from verify.observations import Observation
 from verify.verdicts import Broken, not_run
-from verify.vm.api import options, size_gib
+from verify.vm.api import cpus, options, size_gib
 
 pytestmark = pytest.mark.on("guests")
 
 DEPLOY = "pyinfra {lab} deploy.py --limit {host}"
 TAG = "gpulab"
 REBUILD = "gpulab-rebuild"
+SLOTS = ("scsi0", "scsi1")
+#: What no inventory changes: OVMF and a fixed memory for the GPU, a controller for each disk, the boot from the system
+#: disk.
+FIXED = {"bios": "ovmf", "balloon": "0", "scsihw": "virtio-scsi-single", "boot": "order=scsi0"}
+#: What each means where it is absent.
+DEFAULTS = {"bios": "seabios", "scsihw": "lsi"}
+#: Sizes of pages in KiB that each declaration allows.
+PAGES_KIB = {"2M": ("2048",), "1G": ("1048576",), "any": ("2048", "1048576")}
+#: A thread of QEMU's that is a CPU of the guest.
+VCPU = re.compile(r"CPU [0-9]+/KVM")
 
 
 @pytest.mark.critical
@@ -67,6 +77,30 @@ def test_vm_is_a_q35_machine(guest: Guest, vm: Observation, seen: Callable[[str]
 
 
 @pytest.mark.major
+@pytest.mark.promise("vm.hardware", fix=DEPLOY)
+def test_vm_has_the_hardware_of_every_guest(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
+    keys = config(guest, vm)
+    found = {key: str(keys.get(key, DEFAULTS.get(key, "(not set)"))) for key in FIXED}
+    wrong = [f"{key} {found[key]}, expected {wanted}" for key, wanted in FIXED.items() if found[key] != wanted]
+    assert not wrong, f"{guest.name}: {'; '.join(wrong)}"
+    seen(", ".join(f"{key} {value}" for key, value in found.items()))
+
+
+@pytest.mark.major
+@pytest.mark.promise(
+    "vm.agent", fix="systemctl status qemu-guest-agent on {host}; if it does not run, restart the VM on {node}"
+)
+def test_guest_agent_answers(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
+    """Backups hold the file systems still by it, and a deploy reads the host key of a new guest by it."""
+    keys = running(guest, vm)
+    enabled = options(str(keys.get("agent", "0")))
+    if enabled.get("enabled", enabled.get("")) != "1":
+        raise Broken(f"{guest.name}: agent {keys.get('agent', '(not set)')}, expected enabled=1", DEPLOY)
+    assert not vm["agent"], f"{guest.name}: the agent of VM {guest.vmid} does not answer: {vm['agent']}"
+    seen("it answers")
+
+
+@pytest.mark.major
 @pytest.mark.promise("vm.gpu", "gpu", fix=DEPLOY)
 def test_vm_is_given_its_gpu_and_no_other(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     given = {key: str(value) for key, value in config(guest, vm).items() if re.fullmatch(r"hostpci[0-9]+", key)}
@@ -109,7 +143,7 @@ def test_vm_has_its_network_cards_and_no_others(guest: Guest, vm: Observation, s
 
 
 @pytest.mark.major
-@pytest.mark.promise("vm.cloudinit", "address", "gateway", "nameserver", "searchdomain", fix=DEPLOY)
+@pytest.mark.promise("vm.cloudinit", "address", "gateway", "nameserver", "searchdomain", "ssh_user", fix=DEPLOY)
 def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
     keys = config(guest, vm)
     for number, card in enumerate(guest.cards):
@@ -121,6 +155,9 @@ def test_cloud_init_is_told_addresses_and_names(guest: Guest, vm: Observation, s
     wanted_servers = [str(server) for server in guest.nameserver]
     if wanted_servers:
         assert servers == wanted_servers, f"{guest.name}: nameserver {servers}, expected {wanted_servers}"
+    user, upgrade = keys.get("ciuser"), str(keys.get("ciupgrade", 1))
+    assert user == guest.ssh_user, f"{guest.name}: ciuser {user or '(not set)'}, expected {guest.ssh_user}"
+    assert upgrade == "0", f"{guest.name}: ciupgrade {upgrade}, expected 0: it would upgrade the driver at a first boot"
     domain = keys.get("searchdomain")
     assert guest.searchdomain in (None, domain), f"{guest.name}: searchdomain {domain}, expected {guest.searchdomain}"
     seen(", ".join(str(keys.get(f"ipconfig{number}", "ip=dhcp")) for number in range(len(guest.cards))))
@@ -167,6 +204,49 @@ def test_vm_runs_on_its_cpus_and_pages(guest: Guest, vm: Observation, seen: Call
         f"{guest.name}: hugepages {pages or 'none'}, expected {wanted or 'none'}"
     )
     seen(f"affinity {affinity or 'none'}, hugepages {pages or 'none'}")
+
+
+@pytest.mark.major
+@pytest.mark.on("pinned")
+@pytest.mark.promise("vm.pinning.cpus", "affinity", fix="stop and start VM of {host} on {node}; then " + DEPLOY)
+def test_process_of_the_vm_runs_on_its_cpus(
+    guest: Guest, vm: Observation, process: Observation, seen: Callable[[str], None]
+) -> None:
+    """As the scheduler of the node has it of each thread, whatever the configuration says."""
+    threads = qemu(guest, vm, process)["threads"]
+    wanted = cpus(guest.affinity or "")
+    astray = [f"{each['name']} on {each['cpus']}" for each in threads if not cpus(each["cpus"]) <= wanted]
+    assert not astray, (
+        f"{guest.name}: of QEMU ({process['pid']}) on {guest.node} {', '.join(astray[:3])} "
+        f"{'and others may run' if len(astray) > 3 else 'may run'}, expected {guest.affinity} alone"
+    )
+    vcpus = [each for each in threads if VCPU.fullmatch(each["name"])]
+    assert vcpus, f"{guest.name}: QEMU ({process['pid']}) on {guest.node} has no thread of a CPU of the guest"
+    used: set[int] = set().union(*(cpus(each["cpus"]) for each in vcpus))
+    assert used == wanted, (
+        f"{guest.name}: the guest's CPUs may run on {', '.join(map(str, sorted(used)))} of {guest.node} alone, "
+        f"expected {guest.affinity}"
+    )
+    seen(f"{len(threads)} threads of QEMU, {len(vcpus)} of them CPUs of the guest, on {guest.affinity}")
+
+
+@pytest.mark.major
+@pytest.mark.on("huge")
+@pytest.mark.promise(
+    "vm.pinning.pages", "hugepages", "memory_mib", fix="stop and start VM of {host} on {node}; then " + DEPLOY
+)
+def test_memory_of_the_vm_lies_on_huge_pages(
+    guest: Guest, vm: Observation, process: Observation, seen: Callable[[str], None]
+) -> None:
+    """As the kernel of the node has mapped it."""
+    pages = qemu(guest, vm, process)["huge_mib"]
+    found = sum(pages.get(size, 0) for size in PAGES_KIB[guest.hugepages or "any"])
+    told = ", ".join(f"{mib} MiB on pages of {size} KiB" for size, mib in sorted(pages.items())) or "none on huge pages"
+    assert found >= guest.memory_mib, (
+        f"{guest.name}: the memory of QEMU ({process['pid']}) on {guest.node} lies {told}, "
+        f"expected {guest.memory_mib} MiB on {guest.hugepages}"
+    )
+    seen(told)
 
 
 @pytest.mark.minor
@@ -226,6 +306,37 @@ def test_vm_has_both_disks_in_their_sizes(guest: Guest, vm: Observation, seen: C
 
 
 @pytest.mark.major
+@pytest.mark.promise("vm.disks.options", "data_disk.backup", fix=DEPLOY)
+def test_disks_have_their_options(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
+    """What `vm.disks` calls absent has none."""
+    wrong = []
+    for key, value in disks(guest, vm).items():
+        found = options(value)
+        backup = "1" if key == "scsi0" or guest.data_disk.backup else "0"
+        for option, default, wanted in (
+            ("discard", "ignore", "1"),
+            ("iothread", "0", "1"),
+            ("ssd", "0", "1"),
+            # Without declared backups PVE's own hands may have been at it.
+            *([("backup", "1", backup)] if guest.backup is not None or backup == "0" else []),
+        ):
+            is_now = found.get(option, default)
+            if is_now != wanted:
+                wrong.append(f"{key} has {option}={is_now}, expected {wanted}")
+    assert not wrong, f"{guest.name}: {'; '.join(wrong)}"
+    seen(", ".join(disks(guest, vm).values()))
+
+
+@pytest.mark.minor
+@pytest.mark.promise("vm.disks.storage", "disk_storage", fix="qm disk move, on {node}: no deploy moves a disk")
+def test_disks_lie_on_the_declared_storage(guest: Guest, vm: Observation, seen: Callable[[str], None]) -> None:
+    found = {key: value.partition(":")[0] for key, value in disks(guest, vm).items()}
+    wrong = [f"{key} on {storage}" for key, storage in found.items() if storage != guest.disk_storage]
+    assert not wrong, f"{guest.name}: {', '.join(wrong)}, expected {guest.disk_storage}"
+    seen(guest.disk_storage)
+
+
+@pytest.mark.major
 @pytest.mark.promise("vm.mapping", "gpu", fix=DEPLOY)
 def test_mapping_leads_to_the_declared_card(
     guest: Guest, node: Node, vm: Observation, pci_tree: Callable[[], Observation], seen: Callable[[str], None]
@@ -265,3 +376,26 @@ def config(guest: Guest, vm: Observation) -> dict[str, Any]:
         not_run(f"VM {guest.vmid} does not exist")
     found: dict[str, Any] = vm["config"]
     return found
+
+
+def running(guest: Guest, vm: Observation) -> dict[str, Any]:
+    """The configuration of a VM that runs; else the check is not run."""
+    found = config(guest, vm)
+    if vm["status"] != "running":
+        not_run(f"VM {guest.vmid} is {vm['status']}")
+    return found
+
+
+def qemu(guest: Guest, vm: Observation, process: Observation) -> Observation:
+    """The process of a VM that runs; the check is not run where the VM does not, or is none of QEMU's."""
+    running(guest, vm)
+    if process["pid"] is None and guest.simulated:
+        not_run("a simulated VM has no process of QEMU")
+    assert process["pid"] is not None, f"{guest.name}: {guest.node} has no process of VM {guest.vmid}, which runs"
+    return process
+
+
+def disks(guest: Guest, vm: Observation) -> dict[str, str]:
+    """The two disks by their places, without those that are absent."""
+    keys = config(guest, vm)
+    return {key: str(keys[key]) for key in SLOTS if keys.get(key)}
