@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.benchmark_reports import A4000, metric, report, steady
+from tests.unit.benchmark_reports import A4000, metric, of_tier_1, report, steady
 from verify.benchmarks import history
 from verify.benchmarks.contract import TOOLS, Report
 from verify.benchmarks.history import LEARN, History
@@ -174,6 +174,23 @@ def test_verdict_on_the_run() -> None:
     assert overall(report()) == (Verdict.PASS, "1 metrics of the NVIDIA RTX A4000 in 83 s")
     assert overall(wrong) == (Verdict.FAIL, "memory.triad: 3 wrong values")
     assert overall(report(verdict="failed", reason="CUDA error 700")) == (Verdict.FAIL, "CUDA error 700")
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "wanted"),
+    [
+        ("mps.fairness", 0.97, Verdict.PASS),
+        ("mps.fairness", 0.55, Verdict.FAIL),
+        ("mps.share", 0.25, Verdict.FAIL),
+        ("mps.gain", 1.9, Verdict.PASS),
+        ("mps.gain", 1.0, Verdict.FAIL),
+    ],
+)
+def test_sharing_is_bound_by_what_it_is(name: str, level: float, wanted: Verdict) -> None:
+    """No lab shall learn that one client gets all."""
+    found = report(**of_tier_1("mps", {name: level}))
+
+    assert of(found, name).verdict is wanted
 
 
 # Cards and metrics that no source knows.

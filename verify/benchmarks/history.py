@@ -24,13 +24,11 @@ from inventory import Guest, Lab
 from verify.benchmarks import changes
 from verify.benchmarks.contract import Better, Identity, Report, Strict, Tool, Unit
 from verify.benchmarks.intervals import interval
-from verify.benchmarks.references import NOISE, Bounds, figure
+from verify.benchmarks.references import MARGIN, NOISE, Bounds, figure
 
 SCHEMA = 1
 #: Runs that a baseline is learned from.
 LEARN = 5
-#: How far, as a share, a figure may fall behind its baseline. gpu-fryer draws the same line below the best card.
-MARGIN = 0.10
 #: Runs that the newest one is compared with, and those at least that it takes.
 RECENT, LEAST_RECENT = 10, 3
 #: Runs among which a change of level is looked for.

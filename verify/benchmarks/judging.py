@@ -116,6 +116,8 @@ def _judge(
     bounds = None
     if source is not None and source.bounded:
         bounds = Bounds(source.low, source.high, source.unit, source.source)
+    elif name in references.DEFINED:
+        bounds = references.DEFINED[name]
     elif learned is not None:
         bounds = learned.bounds
     if bounds is not None and len({bounds.hold(level) for level in levels}) == 2:

@@ -49,6 +49,9 @@ NOISE: dict[str, float] = {
 #: A figure that is this much over the card's limit is a mistake of the measurement. Clocks are sampled, not counted.
 OVER_LIMIT = 1.05
 
+#: How far, as a share, a figure may fall behind its baseline. gpu-fryer draws the same line below the best card.
+MARGIN = 0.10
+
 #: GB/s of one PCIe lane in one direction, by generation: transfers a second and line code, before packets.
 LANE_GBS: dict[int, float] = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 
@@ -72,6 +75,15 @@ class Bounds:
         if self.low is not None:
             return f"at least {self.low:g} {self.unit}"
         return f"at most {self.high:g} {self.unit}" if self.high is not None else "no bound"
+
+
+#: What follows from what MPS is, on any card: equal clients get equal shares, a client gets that of its threads, and
+#: clients that don't fill the card do more together than in turns. With the margin that a learned baseline has.
+DEFINED: dict[str, Bounds] = {
+    "mps.fairness": Bounds(1 - MARGIN, None, "ratio", f"equal shares, less {MARGIN:.0%}"),
+    "mps.share": Bounds(1 - MARGIN, None, "ratio", f"the share of the threads, less {MARGIN:.0%}"),
+    "mps.gain": Bounds(1 + MARGIN, None, "ratio", f"taking turns, and {MARGIN:.0%} more"),
+}
 
 
 @dataclass(frozen=True)
