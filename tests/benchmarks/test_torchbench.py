@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from operations.containers.remote import gpulab_run
 from verify.benchmarks import contract, references, torchbench
 from verify.hosts import whole
 from verify.readers import pynvml
@@ -111,6 +112,8 @@ def test_job_is_one_of_the_tenant_and_ends_in_time(guest: Guest, monkeypatch: py
     assert "--no-wait" in words
     assert command[:-1] == ["env", "PYTHONSAFEPATH=1", "python3", "-c", "THE JOB"]
     assert json.loads(command[-1]) == {"seed": found["seed"], "limit_s": 5, "mark": torchbench.MARK}
+    options, unknown = gpulab_run.parser().parse_known_args(words)
+    assert (options.command, options.time_limit, unknown) == (command, 30, [])
     assert "SUDO_UID" not in call["environment"]
     assert "astro" not in found["setting"]
 
