@@ -24,6 +24,7 @@ from rehearsal.registry.milvus import recipe
 from tests.rehearsal.milvus_server import network, serving
 from tests.rehearsal.test_milvus_deploy import milvus
 from verify.benchmarks import contract, milvusbench, ollamabench
+from verify.benchmarks.references import NOISE
 from verify.containers import indexes
 from verify.hosts import whole
 
@@ -351,6 +352,13 @@ def test_declared_index_is_what_is_measured() -> None:
 
     assert indexes.to_be_measured(declared) == {"dimension": 2, "index": indexes.built(declared.indexes["sky"]),
                                                 "search": {"ef": 128}}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", [milvusbench, ollamabench])
+def test_samples_are_taken_until_the_noise_that_is_declared(program: Any) -> None:
+    tool: contract.Tool = "milvus" if program is milvusbench else "ollama"
+
+    assert {name: NOISE[name] for name in contract.TOOLS[tool]} == program.NOISE
 
 
 @pytest.mark.parametrize("program", [milvusbench, ollamabench])
