@@ -19,6 +19,7 @@ from inventory.secrets import Secrets
 from tests.verify.healthy import GUEST, lab_file, verify
 from tests.verify.ssh_server import SshServer
 from verify.benchmarks.contract import TOOLS
+from verify.containers import indexes
 from verify.hosts import Connection, Unreachable, Unreadable
 from verify.readers import Readers
 
@@ -305,6 +306,16 @@ def test_milvus_is_asked_with_the_labs_secrets_and_tells_them_nobody(
     assert root not in str(arguments) and astro not in str(arguments)
     search = {"dimension": 128, "metric": "L2", "top_k": 100, "search": {"itopk_size": 128}}
     assert arguments["databases"] == {"astro": {"spectra": search}, "ml": {}}
+
+
+def test_graph_that_is_adapted_for_the_cpu_is_searched_as_the_cpus_own(tmp_path: Path) -> None:
+    adapted = {"type": "GPU_CAGRA", "adapt_for_cpu": True, "ef": 128}
+    services = {**GUEST["services"], "milvus": {**GUEST["services"]["milvus"], "indexes": {"sky": adapted}}}
+    service = inventory.load(lab_file(tmp_path, guest={"services": services})).guests["gpu01"].services.milvus
+
+    assert service is not None
+    assert indexes.to_be_searched(service, "astro")["spectra"]["search"] == {"ef": 128}
+    assert indexes.built(service.indexes["sky"])["adapt_for_cpu"] == "true"
 
 
 def test_run_against_a_host_that_is_down_names_the_reason(

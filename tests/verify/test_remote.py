@@ -701,6 +701,17 @@ def test_configuration_of_unattended_upgrades() -> None:
     assert system.upgrades("")["runs"] is False
 
 
+def test_packages_on_hold() -> None:
+    assert nvidia.held("bash\tinstall\nlibcuda1\thold\nold\tdeinstall\nodd\n") == ["libcuda1"]
+
+
+def test_dpkg_says_what_is_wanted_of_a_package() -> None:
+    said = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Package}\t${db:Status-Want}\n", "dpkg"], capture_output=True, text=True
+    )
+    assert said.stdout in ("dpkg\tinstall\n", "dpkg\thold\n")
+
+
 def test_profiles_of_tenants_are_read_as_a_shell_does(tmp_path: Path) -> None:
     put(tmp_path, "astro.env", "# Written by gpulab.\nA=1\nexport B='0=4 G'\n")
     put(tmp_path, "README", "A=2")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,13 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
     `cuda` toolkits, `units`, folder of `tenants`, and of `mps` the user, its folders and whether there are `clients`.
     """
     proc = word(root / "proc/driver/nvidia/version")
-    answers = output(["apt-cache", "policy", *arguments["packages"]])
-    log = output(["journalctl", "-b", "-o", "cat", "--no-pager", "-q", *KERNEL])
     mps = arguments["mps"]
-    nvml = read_nvml(arguments["folder"], client_as(mps))
+    # What takes longest is asked while the card works.
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(output, ["apt-cache", "policy", *arguments["packages"]])
+        logged = pool.submit(output, ["journalctl", "-b", "-o", "cat", "--no-pager", "-q", *KERNEL])
+        nvml = read_nvml(arguments["folder"], client_as(mps))
+        answers, log = asked.result(), logged.result()
     says = {"the kernel module": proc or "", "NVML": json.dumps(nvml)}
     return {
         "on_bus": on_bus(root / "sys/bus/pci/devices"),
@@ -86,7 +90,7 @@ def observe(arguments: dict[str, Any], root: Path = Path("/")) -> dict[str, Any]
         "next_kernel": next_kernel(root),
         "policy": {name: policy(answers, name) for name in arguments["packages"]},
         "installed": installed(),
-        "held": output(["apt-mark", "showhold"]).split(),
+        "held": held(output(["dpkg-query", "-W", "-f", "${Package}\t${db:Status-Want}\n"])),
         "apt": unattended(output(["apt-config", "dump"])),
         "sources": {url: sources(root / "etc/apt", url) for url in arguments["repositories"]},
         "cuda": {version: nvcc(version) for version in arguments["cuda"]},
@@ -183,6 +187,12 @@ def installed() -> dict[str, str]:
     names = ("*nvidia*", "*cuda*", "libnv*", "unattended-upgrades")
     rows = [line.split("\t") for line in output(["dpkg-query", "-W", "-f", form, *names]).splitlines()]
     return {row[0]: row[1] for row in rows if len(row) == 3 and row[2] == "installed"}
+
+
+def held(selections: str) -> list[str]:
+    """The packages that are on hold, as `apt-mark showhold` has them from the same place, which takes a second."""
+    rows = [line.split("\t") for line in selections.splitlines()]
+    return [row[0] for row in rows if len(row) == 2 and row[1] == "hold"]
 
 
 def unattended(dump: str) -> dict[str, Any]:
