@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How fast Milvus indexes and searches, as its first declared collection is declared, and how much of it it finds.
 
-Runs on the guest, as root, with Milvus' driver: see docs/benchmarks.md, "Tier 1: Milvus". All of it happens in a
+Runs on the guest, as root, with Milvus' driver: see docs/benchmarks.md, "Milvus". All of it happens in a
 database of its own, which is gone afterwards; one that a killed run left is removed first. Prints one JSON object on
 stdout and progress on stderr. Root's password comes over stdin, as `{"root": PASSWORD}`.
 """

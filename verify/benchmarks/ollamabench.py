@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How fast Ollama reads prompts and generates, with its first declared model, by Ollama's own clock.
 
-Runs on the guest, as root, with the standard library alone: see docs/benchmarks.md, "Tier 1: Ollama". The model is left
+Runs on the guest, as root, with the standard library alone: see docs/benchmarks.md, "Ollama". The model is left
 as it was found: in memory if somebody had loaded it, else not. Prints one JSON object on stdout and progress on stderr.
 """
 
