@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.conftest import Driver
+from tests.unit.benchmark_reports import of_tier_1, report
 from verify.benchmarks import gpubench, mpsbench, program
+from verify.benchmarks.contract import Report
 from verify.benchmarks.figures import shares
 from verify.benchmarks.mpsbench import Client, Over, ask
 
@@ -551,14 +553,14 @@ def test_texts_that_go_together_have_no_name_twice() -> None:
 # The drawing.
 
 
-class Report:
-    def __init__(self, **series: list[tuple[float, float]]) -> None:
-        self.series = {name.replace("_", "."): points for name, points in series.items()}
+def shared(**series: list[tuple[float, float]]) -> Report:
+    points = {name.replace("_", "."): each for name, each in series.items()}
+    return report(**of_tier_1("mps", {"mps.gain": 2.0}, series=points))
 
 
 def test_drawing_has_the_shares_the_diagonal_and_the_clients() -> None:
     alone, together = shares(
-        Report(mps_share=[(25.0, 0.24), (50.0, 0.5), (100.0, 1.0)], mps_together=[(1.0, 0.7), (2.0, 0.3)])
+        shared(mps_share=[(25.0, 0.24), (50.0, 0.5), (100.0, 1.0)], mps_together=[(1.0, 0.7), (2.0, 0.3)])
     )
 
     assert (alone.title, together.title) == ("MPS shares", "MPS clients together")
@@ -572,4 +574,4 @@ def test_drawing_has_the_shares_the_diagonal_and_the_clients() -> None:
 
 
 def test_nothing_measured_is_nothing_drawn() -> None:
-    assert shares(Report()) == []
+    assert shares(shared()) == []

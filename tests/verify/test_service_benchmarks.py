@@ -156,7 +156,8 @@ def test_programs_are_given_what_the_inventory_declares(tmp_path: Path, monkeypa
     ollama, _ = program.given["ollamabench.py"]
     milvus, secret = program.given["milvusbench.py"]
     assert (mps["program"], mps["clients"], mps["user"]) == ("/tmp/there/gpubench.py", 2, "gpulab-gpu")
-    assert program.removed == [["rm", "-r", "/tmp/there"]]
+    # NVML's module for each of them, and the clients' program.
+    assert program.removed == [["rm", "-r", "/tmp/there"]] * 5
     assert torch["tenant"] == "astro" and "import torch" in torch["job"]
     assert (ollama["model"], ollama["digest"]) == ("tiny", 64 * "d")
     assert (milvus["dimension"], milvus["index"]["index_type"], milvus["search"]) == (128, "GPU_CAGRA", {"ef": 128})

@@ -64,7 +64,7 @@ def figures(host: str, measured: Measured) -> list[Figure]:
     found = [
         *_of_limits(measured.judgements),
         *_of_roofs(measured.judgements),
-        *_of_shares(report),
+        *shares(report),
         *_of_history(measured),
         *_of_telemetry(report.telemetry),
     ]
@@ -72,7 +72,7 @@ def figures(host: str, measured: Measured) -> list[Figure]:
     return [Figure(f"{title}{each.title}", each.svg, f"{about}. {each.note}") for each in found]
 
 
-def _of_shares(report: Report) -> list[Figure]:
+def shares(report: Report) -> list[Figure]:
     """How clients of MPS share the card; none where nothing was measured."""
     found = []
     if points := [(percent, share) for percent, share in report.series.get("mps.share", [])]:

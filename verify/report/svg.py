@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement
 Point = tuple[float, float]
 
 #: Units of the drawings are about a pixel each. Room for text to the left of a chart and below it.
-LEFT, BELOW, TOP = 34.0, 14.0, 6.0
+LEFT, BELOW, TOP = 44.0, 14.0, 6.0
 #: A row of a bar chart: its height, and where bar and value begin.
 ROW, BAR, VALUE = 22.0, 132.0, 268.0
 
