@@ -83,8 +83,8 @@ def shares(report: Report) -> list[Figure]:
             points,
             Axis(0.0, most, "0 %", f"{most:.0f} % of the threads"),
             Axis(0.0, high, "0 %", f"{high * 100:.0f} %"),
-            width=300,
-            height=160,
+            width=392,
+            height=200,
             last="plain",
             ideal=((0.0, 0.0), (most, 1.0)),
         )
