@@ -51,8 +51,8 @@ test-kernel: setup ## passthrough on a real kernel under QEMU: real GRUB, initra
 	@python -m rehearsal packages --kernel
 	pytest -q -m kernel tests/kernel
 
-test-slow: setup ## what takes minutes: Debian's own NVIDIA module built, Milvus' collections backed up and upgraded (root)
-	pytest -q -m slow tests/slow
+test-slow: setup ## what takes minutes: Debian's own NVIDIA module built, Milvus measured, backed up and upgraded (root)
+	pytest -q -m slow tests/slow tests/benchmarks
 
 rehearse: setup ## the whole job on a lab in this machine (KEEP=1 leaves it up)
 	@python -m rehearsal rehearse $(if $(KEEP),--keep)

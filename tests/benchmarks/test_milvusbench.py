@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import json
 import os
 import signal
@@ -63,6 +64,10 @@ real = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a network na
 Lab = Callable[..., subprocess.Popen[str]]
 
 
+#: A run of its own takes ten seconds.
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Starts Python in the network of a server that has the settings of the service."""
@@ -103,7 +108,7 @@ def run(lab: Lab, change: str = "", password: str | None = PASSWORD, **changed: 
 
 
 @real
-@pytest.mark.parametrize("metric", ["L2", "IP", "COSINE"])
+@pytest.mark.parametrize("metric", ["L2", SLOW("IP"), SLOW("COSINE")])
 def test_everything_is_measured_and_nothing_stays(lab: Lab, metric: str) -> None:
     found = run(lab, QUICK, index=HNSW | {"metric_type": metric})
 
@@ -132,6 +137,7 @@ def test_program_runs_as_one_text(lab: Lab) -> None:
 
 
 @real
+@pytest.mark.slow
 def test_server_that_does_not_time_its_builds_is_timed_from_outside(lab: Lab) -> None:
     found = run(lab, QUICK, metrics_port=None)
 
@@ -202,7 +208,7 @@ WRONG = {
 
 
 @real
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", [SLOW(what) if number else what for number, what in enumerate(WRONG)])
 def test_answers_that_cannot_be_right_are_wrong(lab: Lab, what: str) -> None:
     change, metrics, words = WRONG[what]
 
@@ -222,7 +228,7 @@ def test_index_that_finds_the_wrong_neighbours_loses_recall(lab: Lab) -> None:
 
 
 @real
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, SLOW(signal.SIGTERM), SLOW(signal.SIGHUP)])
 def test_killed_run_leaves_nothing_after_the_next(lab: Lab, how: signal.Signals) -> None:
     process = lab(TINY.replace("CHANGE", ""), json.dumps(ORDER))
     assert process.stdin is not None and process.stderr is not None
@@ -246,6 +252,7 @@ def test_killed_run_leaves_nothing_after_the_next(lab: Lab, how: signal.Signals)
 
 
 @real
+@pytest.mark.slow
 def test_time_that_is_up_is_told_and_nothing_stays(lab: Lab) -> None:
     found = run(lab, "bench.AROUND_S = bench.CLEAN_S + 6", limit_s=0.1)
 
