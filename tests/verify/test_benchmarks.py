@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -382,6 +383,33 @@ def test_drain_stops_what_this_guest_declares_and_only_where_the_card_is_in_use(
         "gpu01: services are stopped for the benchmarks, and started again after them",
         measured,
     ]
+
+
+def test_full_run_waits_for_what_it_started_again(reader: Callable[..., dict[str, Any]]) -> None:
+    guest = Guestlike(BUSY, answered(benchmarks(2e9)), (0, "", ""), (0, "", ""), (124, "", ""))
+
+    # Who does not come back is told by the checks of that service.
+    assert reader(guest, effort="full", drain=True)["verdict"] == "measured"
+
+    waits = [command for command, *_ in guest.asked if command[0] == "timeout"]
+    assert [command[-2:] for command in waits] == [["docker", "ollama"], ["docker", "milvus"]]
+    # Seconds, as the inventory has them.
+    assert [command[1] for command in waits] == ["180", "240"]
+
+
+def test_wait_ends_when_the_container_is_healthy(tmp_path: Path) -> None:
+    """The shell is real, the engine is a script: starting, then healthy."""
+    engine = tmp_path / "docker"
+    engine.write_text(
+        f"#!/bin/sh\n[ \"$4 $3\" = 'milvus {{{{.State.Health.Status}}}}' ] || exit 1\n"
+        f"echo again >> {tmp_path}/asked; [ $(wc -l < {tmp_path}/asked) -lt 2 ] && echo starting || echo healthy\n"
+    )
+    engine.chmod(0o755)
+
+    done = subprocess.run(["timeout", "30", "sh", "-c", readers.HEALTHY, str(engine), "milvus"], check=False)
+
+    assert done.returncode == 0
+    assert (tmp_path / "asked").read_text() == "again\nagain\n"
 
 
 @pytest.mark.parametrize("reason", ["stopped by SIGTERM", "not known whether the GPU is in use: libnvidia-ml.so.1"])
