@@ -160,6 +160,10 @@ def test_programs_are_given_what_the_inventory_declares(tmp_path: Path, monkeypa
     assert program.removed == [["rm", "-r", "/tmp/there"]] * 5
     assert torch["tenant"] == "astro" and "import torch" in torch["job"]
     assert (ollama["model"], ollama["digest"]) == ("tiny", 64 * "d")
-    assert (milvus["dimension"], milvus["index"]["index_type"], milvus["search"]) == (128, "GPU_CAGRA", {"ef": 128})
+    assert (milvus["dimension"], milvus["index"]["index_type"], milvus["search"]) == (
+        128,
+        "GPU_CAGRA",
+        {"itopk_size": 128},
+    )
     assert secret == {"root": None}
     assert {tuple(each["containers"]) for each, _ in program.given.values()} == {("ollama", "milvus")}
