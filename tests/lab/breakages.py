@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from inventory.packages import TOOLKIT
 from tests.faults.healing import CARD, LOSE_GPU
 from tests.verify.conftest import matches
 
@@ -121,6 +122,11 @@ made.add_index("vector", index_type="HNSW", metric_type={given["metric_type"]!r}
                params={{"M": {given["M"]}, "efConstruction": 200}})
 A.create_index("spectra", made)
 A.load_collection("spectra")""")
+
+
+def toolkit(version: str) -> str:
+    named = " ".join(f"{name}={version}" for name in TOOLKIT)
+    return f"apt-get install -y -q --allow-downgrades --allow-change-held-packages {named}"
 
 
 def until(command: str) -> str:
@@ -475,8 +481,8 @@ OF_THE_DRIVER = [
     Breakage("nvidia.driver.pin", *away("/etc/apt/preferences.d/gpulab-nvidia")),
     Breakage(
         "nvidia.toolkit.version",
-        "apt-get install -y -q --allow-downgrades --allow-change-held-packages nvidia-container-toolkit-base=1.19.1-1",
-        "apt-get install -y -q --allow-change-held-packages nvidia-container-toolkit-base=1.20.0-1",
+        toolkit("1.19.1-1"),
+        toolkit("1.20.0-1"),
     ),
     Breakage(
         "nvidia.repository.signed",
@@ -485,7 +491,7 @@ OF_THE_DRIVER = [
 ]
 
 OF_THE_CARD = [
-    Breakage("nvidia.gpu.visible", *card("lost=1"), unseen=(*CARDLESS, *IN_CONTAINERS, "containers.pytorch.cuda")),
+    Breakage("nvidia.gpu.visible", *card("lost=1"), unseen=(*CARDLESS, *IN_CONTAINERS)),
     Breakage("nvidia.gpu.memory", *card("memory_total_mib=8192")),
     Breakage(
         "nvidia.gpu.client",
