@@ -36,7 +36,7 @@ test: lint ## lint, types and all fast tests
 	@python -m rehearsal packages
 	pytest -q -n auto
 
-test-verify: setup ## break what each check of verify promises, and print which of them saw it
+test-verify: setup ## break what each check of verify reads, and print which of them saw it (on a lab: docs/verify.md)
 	pytest -q tests/verify --breakages
 
 test-faults: setup ## break the API, its tasks and its guests one at a time, and print what became of each

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.lab.breakages import TABLE
 from tests.lab.commands import Deployed, deployed_lab
 
 
@@ -21,6 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     spoilt = {item.path for item in ours if "spoilt" in names[item]}
     # Files with a lab of their own come first: the shared one stays up to the end. What ruins that comes last.
     items.sort(key=lambda item: (item.path in shared) + (item.path in spoilt))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in TABLE:
+        terminalreporter.write_line(line)
 
 
 class Shared:

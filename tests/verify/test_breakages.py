@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from tests.lab.breakages import CASES, Breakage, reasonless, wrong
 from tests.verify.conftest import Breakages, checks, rows, table
 from verify.verdicts import Severity
 
@@ -52,3 +53,24 @@ def test_checks_are_those_of_verify_itself() -> None:
     assert found["containers.{service}.running"] is Severity.CRITICAL
     # Of kinds that the lab of these tests has no host of, and that interrupt services.
     assert {"nvidia.mps.off", "containers.gpu.engine_restart.real"} <= found.keys()
+
+
+def test_every_check_is_broken_on_a_lab_or_says_why_not() -> None:
+    """A new check needs a line in CASES of tests/lab/breakages.py, or one in REASONS."""
+    found = checks()
+
+    assert reasonless(found) == []
+    assert "a.new.check has neither a breakage nor a reason" in reasonless([*found, "a.new.check"])
+    assert f"{CASES[0].check} is no check" in reasonless(found.keys() - {CASES[0].check})
+
+
+def test_breakage_is_seen_by_exactly_its_checks() -> None:
+    case = Breakage("vm.cores", besides=("vm.memory",), unseen=("vm.a*", "system.*"))
+    both = {"vm.cores[gpu01]", "vm.memory[gpu01]"}
+    left_out = {"vm.agent[gpu01]", "system.time[gpu01]"}
+
+    assert wrong(case, both, left_out) == []
+    assert wrong(case, {"vm.cores[gpu01]"}, left_out) == ["vm.memory[gpu01] does not fail"]
+    assert wrong(case, {*both, "vm.api.reachable[pve1]"}, left_out) == ["vm.api.reachable[pve1] fails, too"]
+    assert wrong(case, both, {*left_out, "vm.gpu[gpu01]"}) == ["vm.gpu is not run"]
+    assert wrong(case, both, {"vm.agent[gpu01]"}) == ["nothing like system.* is left out"]

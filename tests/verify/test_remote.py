@@ -1190,6 +1190,7 @@ Private_Hugetlb:    2048 kB
 
 def test_process_of_a_vm_is_read(tmp_path: Path) -> None:
     put(tmp_path, "run/qemu-server/101.pid", "4711\n")
+    put(tmp_path, "proc/4711/cmdline", "/usr/bin/kvm\0-id\x00101\0-name\0gpu01\0")
     put(tmp_path, "proc/4711/smaps", SMAPS)
     for tid, name, allowed in ((4711, "kvm", "0-7"), (4712, "CPU 0/KVM", "2,6")):
         put(tmp_path, f"proc/4711/task/{tid}/comm", f"{name}\n")
@@ -1211,8 +1212,11 @@ def test_process_of_a_vm_is_read(tmp_path: Path) -> None:
     assert process.observe(101, False, tmp_path)["huge_mib"] == {}
 
 
-@pytest.mark.parametrize("pid", [None, "4712\n", ""])
+@pytest.mark.parametrize("pid", [None, "4712\n", "", "1\n", "4713\n"])
 def test_vm_without_a_process_is_told(tmp_path: Path, pid: str | None) -> None:
+    """Neither is another program that has the number by now, nor another VM."""
+    put(tmp_path, "proc/1/cmdline", "/sbin/init\0")
+    put(tmp_path, "proc/4713/cmdline", "/usr/bin/kvm\0-id\x00102\0-name\x00101\0")
     if pid is not None:
         put(tmp_path, "run/qemu-server/101.pid", pid)
 
@@ -1220,11 +1224,16 @@ def test_vm_without_a_process_is_told(tmp_path: Path, pid: str | None) -> None:
 
 
 def test_threads_of_a_real_process_are_read(tmp_path: Path) -> None:
-    put(tmp_path, "run/qemu-server/7.pid", f"{os.getpid()}\n")
-    (tmp_path / "proc").symlink_to("/proc")
+    # Called as QEMU would be.
+    argv = [sys.executable, "-c", "print(flush=True); input()", "-id", "7"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None and started.stdout.readline()
+        put(tmp_path, "run/qemu-server/7.pid", f"{started.pid}\n")
+        (tmp_path / "proc").symlink_to("/proc")
 
-    found = process.observe(7, True, tmp_path)
+        found = process.observe(7, True, tmp_path)
 
+        started.communicate("\n")
     assert found["threads"] and all(cpus(each["cpus"]) for each in found["threads"])
     assert cpus(found["threads"][0]["cpus"]) == os.sched_getaffinity(os.getpid())
 

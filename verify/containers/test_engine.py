@@ -50,7 +50,7 @@ def test_engine_is_new_enough_for_the_gpu(guest: Guest, containers: Observation,
 def test_engine_knows_the_gpu_as_cdi_device(guest: Guest, containers: Observation, seen: Callable[[str], None]) -> None:
     engine = answering(containers)
     assert engine["cdi_folders"], f"{guest.name}: CDI is off in Docker {engine['version']}"
-    devices = [name for name in containers["cdi"] if name.startswith(f"{KIND}=")]
+    devices = devices_of(containers)
     assert devices, (
         f"{guest.name}: no device {KIND} in {', '.join(engine['cdi_folders'])}; "
         "nvidia-cdi-refresh writes it when driver and GPU are there"
@@ -86,7 +86,7 @@ def test_container_keeps_the_gpu_over_a_daemon_reload(
     guest: Guest, containers: Observation, daemon_reload: Observation, seen: Callable[[str], None]
 ) -> None:
     """The failure that Ollama hides: it goes on, on the CPU."""
-    answering(containers)
+    knowing_the_gpu(containers)
     keeps_the_gpu(guest, daemon_reload, "systemctl daemon-reload")
     seen(daemon_reload["after"]["output"])
 
@@ -116,7 +116,7 @@ def test_gpu_containers_can_outlive_the_engine(
 def test_container_keeps_the_gpu_over_a_restart_of_the_engine(
     guest: Guest, containers: Observation, engine_restart: Observation, seen: Callable[[str], None]
 ) -> None:
-    answering(containers)
+    knowing_the_gpu(containers)
     keeps_the_gpu(guest, engine_restart, "systemctl restart docker")
     assert engine_restart["same"], f"{guest.name}: containers were restarted with Docker, expected the same processes"
     seen(engine_restart["after"]["output"])
@@ -138,3 +138,14 @@ def answering(containers: Observation) -> dict[str, Any]:
     if not engine["version"]:
         not_run("the container engine does not answer")
     return engine
+
+
+def devices_of(containers: Observation) -> list[str]:
+    """The GPU's devices in CDI specifications."""
+    return [name for name in containers["cdi"] if name.startswith(f"{KIND}=")]
+
+
+def knowing_the_gpu(containers: Observation) -> None:
+    """The check is not run when the engine can hand no GPU to a container."""
+    if not answering(containers)["cdi_folders"] or not devices_of(containers):
+        not_run("the engine knows no GPU: see containers.cdi")

@@ -46,12 +46,12 @@ def test_declared_models_are_there(
     service = running(containers, "ollama")
     if "json" not in service["tags"]:
         not_run("Ollama does not answer")
-    there = {model["name"]: model.get("digest", "") for model in service["tags"]["json"].get("models") or []}
-    missing = [model.name for model in ollama.models if model.full_name not in there]
-    assert not missing, f"{guest.name}: Ollama lacks {', '.join(missing)}; it has {', '.join(sorted(there)) or 'none'}"
+    found = there(service)
+    missing = [model.name for model in ollama.models if model.full_name not in found]
+    assert not missing, f"{guest.name}: Ollama lacks {', '.join(missing)}; it has {', '.join(sorted(found)) or 'none'}"
     for model in ollama.models:
         if model.digest is not None:
-            digest = there[model.full_name]
+            digest = found[model.full_name]
             assert digest == model.digest, f"{guest.name}: {model.name} is {digest}, expected {model.digest}"
         if model.gguf is not None:
             weights = made_of(service[f"show {model.name}"])
@@ -59,7 +59,7 @@ def test_declared_models_are_there(
                 f"{guest.name}: {model.name} is made of {weights or 'what Ollama does not say'}, "
                 f"expected {model.gguf_sha256}, the file {model.gguf}"
             )
-    others = sorted(there.keys() - {model.full_name for model in ollama.models})
+    others = sorted(found.keys() - {model.full_name for model in ollama.models})
     seen(f"{len(ollama.models)} models{'; nobody declares ' + ', '.join(others) if others else ''}")
 
 
@@ -141,6 +141,8 @@ def test_ollama_computes_on_the_gpu(
     model, loaded, ps = ollama.models[0].name, ollama_load["load"], ollama_load["ps"]
     if "json" not in (running(containers, "ollama")["version"]):
         not_run("Ollama does not answer")
+    if full_name(model) not in there(running(containers, "ollama")):
+        not_run(f"there is no {model}: see containers.ollama.models")
     assert "json" in loaded, f"{guest.name}: loading {model}: {loaded['error']}"
     assert "json" in ps, f"{guest.name}: /api/ps after loading {model}: {ps['error']}"
     names = (full_name(model), model)
@@ -151,6 +153,12 @@ def test_ollama_computes_on_the_gpu(
         "Ollama has fallen back to the CPU, as it does without a word when its container loses the GPU"
     )
     seen(f"{model}: {max(sizes) / MIB:.0f} MiB of the GPU's memory")
+
+
+def there(service: dict[str, Any]) -> dict[str, str]:
+    """The digest of each model that Ollama lists."""
+    listed = (service["tags"].get("json") or {}).get("models") or []
+    return {model["name"]: model.get("digest", "") for model in listed}
 
 
 def settings(ollama: Ollama) -> dict[str, str]:

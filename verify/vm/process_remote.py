@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -11,12 +12,15 @@ from typing import Any
 
 
 def observe(vmid: int, memory: bool, root: Path = Path("/")) -> dict[str, Any]:
-    """`pid` of the VM's QEMU (None: there is none), its `threads` with the `cpus` that each may run on, and, if asked
-    for by `memory`, `huge_mib`: size of pages in KiB to the MiB that are mapped by them.
+    """`pid` of the VM's QEMU (None: there is none, though another process may have its number), its `threads` with the
+    `cpus` that each may run on, and, if asked for by `memory`, `huge_mib`: size of pages in KiB to the MiB that are
+    mapped by them.
     """
     pid = word(root / f"run/qemu-server/{vmid}.pid")
     process = root / f"proc/{pid}"
-    if not pid.isdigit() or not process.is_dir():
+    words = word(process / "cmdline").split("\0") if pid.isdigit() else []
+    # PVE starts each with the number of its VM.
+    if ("-id", str(vmid)) not in itertools.pairwise(words):
         return {"pid": None, "threads": [], "huge_mib": {}, "simulated": []}
     return {
         "pid": int(pid),
