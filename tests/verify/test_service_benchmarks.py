@@ -52,6 +52,8 @@ def test_card_in_use_is_inconclusive(tmp_path: Path, tool: str) -> None:
     found = run(lab_file(tmp_path), tool, unmeasured(tool, "inconclusive", "GPU in use by PID 9 python"))
 
     assert (found.status, found.ids("inconclusive")) == (FAILED, ids_of(tool))
+    # No service of ours, which could be stopped.
+    assert {found.result(name)["message"] for name in ids_of(tool)} == {"GPU in use by PID 9 python"}
 
 
 def test_what_cannot_be_measured_is_not_run(tmp_path: Path) -> None:
