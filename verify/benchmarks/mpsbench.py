@@ -39,12 +39,12 @@ PERCENTAGES, LIMIT_MIB = (25.0, 50.0, 75.0, 100.0), 1024
 #: All small clients together take half of the card's multiprocessors, where there are four.
 SMALL = 8
 CONTROL = "nvidia-cuda-mps-control"
-#: Every metric: unit, which is better, what bounds it.
+#: Every metric: unit, and which is better.
 METRICS = {
-    "mps.gain": ("ratio", "higher", "clients"),
-    "mps.fairness": ("ratio", "higher", "equal shares"),
-    "mps.share": ("ratio", "higher", "throughput as the threads"),
-    "mps.limit": ("errors", "lower", ""),
+    "mps.gain": ("ratio", "higher"),
+    "mps.fairness": ("ratio", "higher"),
+    "mps.share": ("ratio", "higher"),
+    "mps.limit": ("errors", "lower"),
 }
 
 
@@ -258,9 +258,9 @@ class Run:
         self.wrong += sum(each["wrong"] for each in found)
         return found
 
-    def metric(self, name: str, limit: float | None, once: Callable[[], float]) -> None:
+    def metric(self, name: str, once: Callable[[], float]) -> None:
         """Sample until the median is known well enough, for a fair part of the time that is left."""
-        unit, better, limit_of = METRICS[name]
+        unit, better = METRICS[name]
         begin, samples, self.wrong = time.monotonic(), [], 0
         left = len(METRICS) - len(self.result["metrics"]) - len(self.result["not_run"])
         limit_s = (self.deadline - begin) / left
@@ -281,8 +281,6 @@ class Run:
             "samples": samples,
             "checked": True,
             "wrong": self.wrong,
-            "limit": limit,
-            "limit_of": limit_of,
         }
         say(f"{name}: {statistics.median(samples):.4g} {unit} (median of {len(samples)}, {self.wrong} words wrong)")
         if self.wrong:
@@ -299,7 +297,7 @@ def measure_gain(run: Run, count: int) -> None:
             single = [rate(run.window([client], rounds, blocks)[0]) for client in clients]
             return gain([rate(each) for each in run.window(clients, rounds, blocks)], single)
 
-        run.metric("mps.gain", float(count), once)
+        run.metric("mps.gain", once)
 
 
 def measure_fairness(run: Run, count: int) -> None:
@@ -312,7 +310,7 @@ def measure_fairness(run: Run, count: int) -> None:
             rows.append([rate(each) for each in run.window(clients, rounds)])
             return jain(rows[-1])
 
-        run.metric("mps.fairness", 1.0, once)
+        run.metric("mps.fairness", once)
     shares = zip(*[[each / sum(row) for each in row] for row in rows], strict=True)
     run.result["series"]["mps.together"] = [
         [float(number), round(statistics.median(share), 6)] for number, share in enumerate(shares, 1)
@@ -337,7 +335,7 @@ def measure_share(run: Run, percentages: Sequence[float]) -> None:
             rows.append([each / rates[-1] for each in rates])
             return nearness(rows[-1], expected)
 
-        run.metric("mps.share", 1.0, once)
+        run.metric("mps.share", once)
     seen = ", ".join(f"{each.threads:g} %: {each.multiprocessors}" for each in clients)
     run.result["notes"].append(f"mps.share: multiprocessors given, {seen}")
     run.result["series"]["mps.share"] = [
@@ -375,7 +373,7 @@ def measure_limit(run: Run, count: int, limit_mib: int) -> None:
                 run.result["notes"].append(f"mps.limit: {problem}")
             return float(bool(problem))
 
-        run.metric("mps.limit", None, once)
+        run.metric("mps.limit", once)
         if not told:
             run.stop(beside)
 
