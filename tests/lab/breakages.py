@@ -37,8 +37,11 @@ class Breakage:
     unseen: tuple[str, ...] = ()
     #: More words for verify.
     words: tuple[str, ...] = ()
-    #: Does it stand for others like it?
-    typical: bool = False
+
+    @property
+    def typical(self) -> bool:
+        """Does it stand for others like it?"""
+        return self.check in TYPICAL
 
     @property
     def failing(self) -> set[str]:
@@ -134,7 +137,7 @@ def until(command: str) -> str:
     return f"timeout 120 bash -c 'until {command}; do sleep 0.3; done' > /dev/null 2>&1"
 
 
-#: A client of the card that holds so many MiB, as a user, until it is ended; MPS lets the service's user in alone.
+#: A client of the card that holds so many MiB until it is ended. MPS' folder lets in the service's user, and root.
 HOLD = r"""cat > /run/hold.py <<'END'
 import ctypes, sys, time
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -155,19 +158,19 @@ rm -f /tmp/held
 """
 
 
-def holds(mib: int, uid: int, mps: bool = True, group_of: str = "") -> tuple[str, str]:
+def holds(mib: int, uid: int, group_of: str = "") -> tuple[str, str]:
     """A process of that user holds memory of the card, in the control groups of a container where one is named."""
-    pipe = "CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps" if mps else "HOLD=1"
     moved = f"""pid=$(docker inspect --format '{{{{.State.Pid}}}}' {group_of})
 while IFS=: read -r number kinds path; do
     for folder in /sys/fs/cgroup /sys/fs/cgroup/unified "/sys/fs/cgroup/${{kinds#name=}}"; do
         if [ -e "$folder$path/cgroup.procs" ]; then cat /run/hold.pid > "$folder$path/cgroup.procs" || true; fi
     done
 done < /proc/$pid/cgroup"""
-    begun = f"""{HOLD}env {pipe} setpriv --reuid={uid} --regid={uid} --clear-groups \\
+    begun = f"""{HOLD}env CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps setpriv --reuid={uid} --regid={uid} --clear-groups \\
     python3 /run/hold.py {mib} > /run/hold.log 2>&1 &
 echo $! > /run/hold.pid
-{until("test -e /tmp/held")} || {{ cat /run/hold.log; exit 1; }}"""
+{until("test -e /tmp/held || ! kill -0 $(cat /run/hold.pid)")}
+test -e /tmp/held || {{ cat /run/hold.log; exit 1; }}"""
     ended = "kill $(cat /run/hold.pid)\n" + until("! kill -0 $(cat /run/hold.pid)") + "\nrm -f /tmp/held"
     return (f"{begun}\n{moved}" if group_of else begun), ended
 
@@ -189,6 +192,21 @@ REASONS = {
     "benchmarks.{pytorch_figure}": "judged by a baseline of five runs, see tests/benchmarks",
     "benchmarks.{ollama_figure}": "judged by a baseline of five runs, see tests/benchmarks",
     "benchmarks.{milvus_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+}
+#: A dozen that stand for others like them.
+TYPICAL = {
+    "hypervisor.vfio.bound",
+    "hypervisor.next_boot.cmdline",
+    "vm.backup.job",
+    "vm.labels",
+    "system.data_disk.fstab",
+    "nvidia.driver.pin",
+    "nvidia.gpu.throttle",
+    "nvidia.mps.limits",
+    "containers.gpu.engine_restart",
+    "containers.access.secrets",
+    "containers.ollama.hardening",
+    "containers.milvus.collections",
 }
 #: The table of the run, for its end.
 TABLE: list[str] = []
@@ -499,7 +517,7 @@ OF_THE_CARD = [
         "chown --reference=/run/nvidia-mps/log /run/nvidia-mps",
     ),
     Breakage("nvidia.gpu.link", *card("link_width=8")),
-    Breakage("nvidia.gpu.link.generation", *card("link_generation=3")),
+    Breakage("nvidia.gpu.link.generation", *card("link_generation=2")),
     Breakage(
         "nvidia.gpu.replay",
         "(n=0; while sleep 0.1; do n=$((n + 1)); echo replay_count=$n > /var/lib/lab-hardware/new; "
@@ -538,11 +556,16 @@ OF_MPS = [
     ),
     Breakage("nvidia.mps.closed", "chmod 755 /run/nvidia-mps", "chmod 700 /run/nvidia-mps"),
     Breakage("nvidia.mps.tenants", *edited("/etc/gpulab/tenants/ml.env", "s/PERCENTAGE=40/PERCENTAGE=90/")),
-    Breakage("nvidia.mps.uid", *holds(64, uid=1000, mps=False), besides=("containers.card.foreign",)),
+    Breakage("nvidia.mps.uid", *holds(64, uid=0), besides=("containers.card.foreign",)),
     Breakage(
         "nvidia.mps.off",
         declares=("nvidia.sharing", "time-slice"),
-        besides=("nvidia.gpu.compute_mode",),
+        besides=(
+            "nvidia.gpu.compute_mode",
+            "containers.ollama.hardening",
+            "containers.milvus.hardening",
+            "containers.pytorch.limits",
+        ),
     ),
 ]
 
