@@ -782,9 +782,9 @@ OF_JOBS = [
     Breakage("containers.pytorch.job", *away("/usr/local/bin/gpulab-run"), unseen=JOBS),
     Breakage(
         "containers.pytorch.environment",
-        "file=$(ls /srv/data/pytorch/environments/current/lib/python3*/site-packages/torch/version.py)\n"
-        'echo "$file" > /run/changed\ncp -p "$file" /run/version.py\necho "# changed" >> "$file"',
-        'cp -p /run/version.py "$(cat /run/changed)"',
+        "file=$(ls /srv/data/pytorch/environments/current/lib/python3*/site-packages/einops/einops.py)\n"
+        'echo "$file" > /run/changed\ncp -p "$file" /run/kept.py\necho "# changed" >> "$file"',
+        'cp -p /run/kept.py "$(cat /run/changed)"',
     ),
     Breakage("containers.pytorch.limits", *edited("/etc/gpulab/pytorch.json", "0,/4096M/s//8192M/")),
     Breakage("containers.pytorch.rights", *edited("/etc/gpulab/pytorch.json", 's/"uid": 850/"uid": 851/')),
