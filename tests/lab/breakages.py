@@ -175,62 +175,6 @@ test -e /tmp/held || {{ cat /run/hold.log; exit 1; }}"""
     return (f"{begun}\n{moved}" if group_of else begun), ended
 
 
-#: Why a check is not broken here, in words. Each that is not among CASES has its reason.
-REASONS = {
-    "system.time": "the lab's hosts share this machine's clock",
-    "vm.pinning.cpus": "the lab's VMs have no process of QEMU",
-    "vm.pinning.pages": "the lab's VMs have no process of QEMU",
-    "nvidia.mps.server": "needs a real GPU: the simulated one runs no code, so MPS' server ends at once",
-    "containers.engine.version": "the lab has one version of each engine, which is new enough",
-    "containers.ollama.memory": "the lab's only model is smaller than the least budget that can be declared",
-    "containers.milvus.gpu": "needs a real GPU: the lab's Milvus is built for the CPU",
-    "containers.pytorch.cuda": "needs a real GPU: the lab's PyTorch is built for the CPU",
-    "benchmarks.gpu.answers": "needs a real GPU",
-    "benchmarks.gpu.memory.pattern": "needs a real GPU",
-    "benchmarks.gpu.{figure}": "needs a real GPU",
-    "benchmarks.{mps_figure}": "needs a real GPU",
-    "benchmarks.mps.limit": "needs a real GPU",
-    "benchmarks.{pytorch_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-    "benchmarks.{ollama_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-    "benchmarks.{milvus_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-}
-#: A dozen that stand for others like them.
-TYPICAL = {
-    "hypervisor.vfio.bound",
-    "hypervisor.next_boot.cmdline",
-    "vm.backup.job",
-    "vm.labels",
-    "system.data_disk.fstab",
-    "nvidia.driver.pin",
-    "nvidia.gpu.throttle",
-    "nvidia.mps.limits",
-    "containers.gpu.engine_restart",
-    "containers.access.secrets",
-    "containers.ollama.hardening",
-    "containers.milvus.collections",
-}
-#: The table of the run, for its end.
-TABLE: list[str] = []
-
-
-def reasonless(promised: Iterable[str]) -> list[str]:
-    """What is wrong with CASES and REASONS, in words; `promised`: the ids of all checks, with places for parts."""
-    promised = set(promised)
-    broken = {each for each in promised if any(is_of(each, case.check, promised) for case in CASES)}
-    told = [f"{each} has neither a breakage nor a reason" for each in sorted(promised - broken - REASONS.keys())]
-    told += [f"{each} is broken, and has a reason not to be" for each in sorted(broken & REASONS.keys())]
-    told += [f"{each} is no check" for each in sorted(REASONS.keys() - promised)]
-    cases = {case.check for case in CASES}
-    return told + [
-        f"{each} is no check" for each in sorted(cases) if not any(is_of(name, each, promised) for name in promised)
-    ]
-
-
-def is_of(promised: str, id_: str, all_: Iterable[str]) -> bool:
-    """Is it the id of that check, and not that of another, which has one of its own?"""
-    return matches(promised, id_) and (promised == id_ or id_ not in set(all_))
-
-
 #: Nobody restarts a service, and the timer goes on.
 QUIET = """mkdir -p /run/systemd/system/gpulab-heal.service.d
 printf '[Service]\\nExecStart=\\nExecStart=/bin/true\\n' > /run/systemd/system/gpulab-heal.service.d/quiet.conf
@@ -875,3 +819,58 @@ CASES = [
     *OF_JOBS,
     *HEAVY,
 ]
+
+#: Why a check is not broken here, in words. Each that is not among CASES has its reason.
+REASONS = {
+    "system.time": "the lab's hosts share this machine's clock",
+    "vm.pinning.cpus": "the lab's VMs have no process of QEMU",
+    "vm.pinning.pages": "the lab's VMs have no process of QEMU",
+    "nvidia.mps.server": "needs a real GPU: the simulated one runs no code, so MPS' server ends at once",
+    "containers.engine.version": "the lab has one version of each engine, which is new enough",
+    "containers.ollama.memory": "the lab's only model is smaller than the least budget that can be declared",
+    "containers.milvus.gpu": "needs a real GPU: the lab's Milvus is built for the CPU",
+    "containers.pytorch.cuda": "needs a real GPU: the lab's PyTorch is built for the CPU",
+    "benchmarks.gpu.answers": "needs a real GPU",
+    "benchmarks.gpu.memory.pattern": "needs a real GPU",
+    "benchmarks.gpu.{figure}": "needs a real GPU",
+    "benchmarks.{mps_figure}": "needs a real GPU",
+    "benchmarks.mps.limit": "needs a real GPU",
+    "benchmarks.{pytorch_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+    "benchmarks.{ollama_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+    "benchmarks.{milvus_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+}
+#: A dozen that stand for others like them.
+TYPICAL = {
+    "hypervisor.vfio.bound",
+    "hypervisor.next_boot.cmdline",
+    "vm.backup.job",
+    "vm.labels",
+    "system.data_disk.fstab",
+    "nvidia.driver.pin",
+    "nvidia.gpu.throttle",
+    "nvidia.mps.limits",
+    "containers.gpu.engine_restart",
+    "containers.access.secrets",
+    "containers.ollama.hardening",
+    "containers.milvus.collections",
+}
+#: The table of the run, for its end.
+TABLE: list[str] = []
+
+
+def reasonless(promised: Iterable[str]) -> list[str]:
+    """What is wrong with CASES and REASONS, in words; `promised`: the ids of all checks, with places for parts."""
+    promised = set(promised)
+    broken = {each for each in promised if any(is_of(each, case.check, promised) for case in CASES)}
+    told = [f"{each} has neither a breakage nor a reason" for each in sorted(promised - broken - REASONS.keys())]
+    told += [f"{each} is broken, and has a reason not to be" for each in sorted(broken & REASONS.keys())]
+    told += [f"{each} is no check" for each in sorted(REASONS.keys() - promised)]
+    cases = {case.check for case in CASES}
+    return told + [
+        f"{each} is no check" for each in sorted(cases) if not any(is_of(name, each, promised) for name in promised)
+    ]
+
+
+def is_of(promised: str, id_: str, all_: Iterable[str]) -> bool:
+    """Is it the id of that check, and not that of another, which has one of its own?"""
+    return matches(promised, id_) and (promised == id_ or id_ not in set(all_))
