@@ -37,8 +37,11 @@ class Breakage:
     unseen: tuple[str, ...] = ()
     #: More words for verify.
     words: tuple[str, ...] = ()
-    #: Does it stand for others like it?
-    typical: bool = False
+
+    @property
+    def typical(self) -> bool:
+        """Does it stand for others like it?"""
+        return self.check in TYPICAL
 
     @property
     def failing(self) -> set[str]:
@@ -134,7 +137,7 @@ def until(command: str) -> str:
     return f"timeout 120 bash -c 'until {command}; do sleep 0.3; done' > /dev/null 2>&1"
 
 
-#: A client of the card that holds so many MiB, as a user, until it is ended; MPS lets the service's user in alone.
+#: A client of the card that holds so many MiB until it is ended. MPS' folder lets in the service's user, and root.
 HOLD = r"""cat > /run/hold.py <<'END'
 import ctypes, sys, time
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -155,61 +158,21 @@ rm -f /tmp/held
 """
 
 
-def holds(mib: int, uid: int, mps: bool = True, group_of: str = "") -> tuple[str, str]:
+def holds(mib: int, uid: int, group_of: str = "") -> tuple[str, str]:
     """A process of that user holds memory of the card, in the control groups of a container where one is named."""
-    pipe = "CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps" if mps else "HOLD=1"
     moved = f"""pid=$(docker inspect --format '{{{{.State.Pid}}}}' {group_of})
 while IFS=: read -r number kinds path; do
     for folder in /sys/fs/cgroup /sys/fs/cgroup/unified "/sys/fs/cgroup/${{kinds#name=}}"; do
         if [ -e "$folder$path/cgroup.procs" ]; then cat /run/hold.pid > "$folder$path/cgroup.procs" || true; fi
     done
 done < /proc/$pid/cgroup"""
-    begun = f"""{HOLD}env {pipe} setpriv --reuid={uid} --regid={uid} --clear-groups \\
+    begun = f"""{HOLD}env CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps setpriv --reuid={uid} --regid={uid} --clear-groups \\
     python3 /run/hold.py {mib} > /run/hold.log 2>&1 &
 echo $! > /run/hold.pid
-{until("test -e /tmp/held")} || {{ cat /run/hold.log; exit 1; }}"""
+{until("test -e /tmp/held || ! kill -0 $(cat /run/hold.pid)")}
+test -e /tmp/held || {{ cat /run/hold.log; exit 1; }}"""
     ended = "kill $(cat /run/hold.pid)\n" + until("! kill -0 $(cat /run/hold.pid)") + "\nrm -f /tmp/held"
     return (f"{begun}\n{moved}" if group_of else begun), ended
-
-
-#: Why a check is not broken here, in words. Each that is not among CASES has its reason.
-REASONS = {
-    "system.time": "the lab's hosts share this machine's clock",
-    "vm.pinning.cpus": "the lab's VMs have no process of QEMU",
-    "vm.pinning.pages": "the lab's VMs have no process of QEMU",
-    "nvidia.mps.server": "needs a real GPU: the simulated one runs no code, so MPS' server ends at once",
-    "containers.engine.version": "the lab has one version of each engine, which is new enough",
-    "containers.milvus.gpu": "needs a real GPU: the lab's Milvus is built for the CPU",
-    "containers.pytorch.cuda": "needs a real GPU: the lab's PyTorch is built for the CPU",
-    "benchmarks.gpu.answers": "needs a real GPU",
-    "benchmarks.gpu.memory.pattern": "needs a real GPU",
-    "benchmarks.gpu.{figure}": "needs a real GPU",
-    "benchmarks.{mps_figure}": "needs a real GPU",
-    "benchmarks.mps.limit": "needs a real GPU",
-    "benchmarks.{pytorch_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-    "benchmarks.{ollama_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-    "benchmarks.{milvus_figure}": "judged by a baseline of five runs, see tests/benchmarks",
-}
-#: The table of the run, for its end.
-TABLE: list[str] = []
-
-
-def reasonless(promised: Iterable[str]) -> list[str]:
-    """What is wrong with CASES and REASONS, in words; `promised`: the ids of all checks, with places for parts."""
-    promised = set(promised)
-    broken = {each for each in promised if any(is_of(each, case.check, promised) for case in CASES)}
-    told = [f"{each} has neither a breakage nor a reason" for each in sorted(promised - broken - REASONS.keys())]
-    told += [f"{each} is broken, and has a reason not to be" for each in sorted(broken & REASONS.keys())]
-    told += [f"{each} is no check" for each in sorted(REASONS.keys() - promised)]
-    cases = {case.check for case in CASES}
-    return told + [
-        f"{each} is no check" for each in sorted(cases) if not any(is_of(name, each, promised) for name in promised)
-    ]
-
-
-def is_of(promised: str, id_: str, all_: Iterable[str]) -> bool:
-    """Is it the id of that check, and not that of another, which has one of its own?"""
-    return matches(promised, id_) and (promised == id_ or id_ not in set(all_))
 
 
 #: Nobody restarts a service, and the timer goes on.
@@ -499,7 +462,7 @@ OF_THE_CARD = [
         "chown --reference=/run/nvidia-mps/log /run/nvidia-mps",
     ),
     Breakage("nvidia.gpu.link", *card("link_width=8")),
-    Breakage("nvidia.gpu.link.generation", *card("link_generation=3")),
+    Breakage("nvidia.gpu.link.generation", *card("link_generation=2")),
     Breakage(
         "nvidia.gpu.replay",
         "(n=0; while sleep 0.1; do n=$((n + 1)); echo replay_count=$n > /var/lib/lab-hardware/new; "
@@ -538,11 +501,16 @@ OF_MPS = [
     ),
     Breakage("nvidia.mps.closed", "chmod 755 /run/nvidia-mps", "chmod 700 /run/nvidia-mps"),
     Breakage("nvidia.mps.tenants", *edited("/etc/gpulab/tenants/ml.env", "s/PERCENTAGE=40/PERCENTAGE=90/")),
-    Breakage("nvidia.mps.uid", *holds(64, uid=1000, mps=False), besides=("containers.card.foreign",)),
+    Breakage("nvidia.mps.uid", *holds(64, uid=0), besides=("containers.card.foreign",)),
     Breakage(
         "nvidia.mps.off",
         declares=("nvidia.sharing", "time-slice"),
-        besides=("nvidia.gpu.compute_mode",),
+        besides=(
+            "nvidia.gpu.compute_mode",
+            "containers.ollama.hardening",
+            "containers.milvus.hardening",
+            "containers.pytorch.limits",
+        ),
     ),
 ]
 
@@ -553,8 +521,19 @@ OF_THE_ENGINE = [
         "systemctl start docker.socket docker.service" + LOUD,
         unseen=("containers.*",),
     ),
-    Breakage("containers.cdi", *away("/var/run/cdi/nvidia.yaml")),
-    Breakage("containers.cdi.fresh", *away("/usr/bin/nvidia-debugdump")),
+    Breakage(
+        "containers.cdi",
+        *away("/var/run/cdi/nvidia.yaml"),
+        besides=("containers.pytorch.job",),
+        unseen=(*JOBS, "containers.cdi.fresh", "containers.gpu.daemon_reload"),
+    ),
+    Breakage(
+        "containers.cdi.fresh",
+        # As after a driver that was upgraded; what is started from now on looks for the files of the one before.
+        *edited("/var/run/cdi/nvidia.yaml", "s/580[.]105[.]08/575.57.08/"),
+        besides=("containers.pytorch.job", "containers.gpu.daemon_reload"),
+        unseen=JOBS,
+    ),
     Breakage(
         "containers.gpu.daemon_reload",
         "mkdir -p /run/systemd/system-generators\ncat > /run/systemd/system-generators/thief <<'END'\n#!/bin/bash\n"
@@ -638,7 +617,10 @@ OF_SERVICES = [
         "docker start ollama\n" + OLLAMA_ANSWERS,
         # The proxy lets its tenants in, and then there is nobody to answer.
         besides=("containers.ollama.token.accepted",),
-        unseen=of("ollama", *OF_A_SERVICE, "api", "models", "gpu", "settings", "context", "memory"),
+        unseen=(
+            *of("ollama", *OF_A_SERVICE, "api", "models", "gpu", "settings", "context", "memory"),
+            "containers.access.log",
+        ),
     ),
     Breakage(
         "containers.ollama.image",
@@ -657,7 +639,7 @@ OF_SERVICES = [
         besides=("containers.data_disk.folders",),
     ),
     Breakage(
-        "containers.ollama.loopback",
+        "containers.milvus.loopback",
         "python3 -m http.server --bind $(hostname -I | cut -d' ' -f1) 9091 > /dev/null 2>&1 &\n"
         "echo $! > /run/open.pid\nsleep 1",
         "kill $(cat /run/open.pid)",
@@ -668,13 +650,13 @@ OF_SERVICES = [
         "docker network connect bridge ollama",
         "docker network disconnect bridge ollama",
     ),
-    Breakage("containers.ollama.budget", *holds(7000, uid=850, group_of="ollama")),
+    Breakage("containers.milvus.budget", *holds(3200, uid=850, group_of="milvus")),
     Breakage(
         "containers.ollama.api",
         QUIET + "iptables -I OUTPUT -p tcp --dport 11434 -j REJECT --reject-with tcp-reset",
         "iptables -D OUTPUT -p tcp --dport 11434 -j REJECT --reject-with tcp-reset" + LOUD,
         besides=("containers.ollama.token.accepted",),
-        unseen=of("ollama", "models", "gpu", "context", "memory"),
+        unseen=(*of("ollama", "models", "gpu", "context", "memory"), "containers.access.log"),
     ),
     Breakage(
         "containers.ollama.models",
@@ -685,11 +667,6 @@ OF_SERVICES = [
     Breakage(
         "containers.ollama.context",
         declares=("services.ollama.context_length", 2048),
-        besides=("containers.ollama.settings",),
-    ),
-    Breakage(
-        "containers.ollama.memory",
-        declares=("services.ollama.memory_budget_mib", 128),
         besides=("containers.ollama.settings",),
     ),
     Breakage(
@@ -749,9 +726,9 @@ OF_JOBS = [
     Breakage("containers.pytorch.job", *away("/usr/local/bin/gpulab-run"), unseen=JOBS),
     Breakage(
         "containers.pytorch.environment",
-        "file=$(ls /srv/data/pytorch/environments/current/lib/python3*/site-packages/torch/version.py)\n"
-        'echo "$file" > /run/changed\ncp -p "$file" /run/version.py\necho "# changed" >> "$file"',
-        'cp -p /run/version.py "$(cat /run/changed)"',
+        "file=$(ls /srv/data/pytorch/environments/current/lib/python3*/site-packages/einops/einops.py)\n"
+        'echo "$file" > /run/changed\ncp -p "$file" /run/kept.py\necho "# changed" >> "$file"',
+        'cp -p /run/kept.py "$(cat /run/changed)"',
     ),
     Breakage("containers.pytorch.limits", *edited("/etc/gpulab/pytorch.json", "0,/4096M/s//8192M/")),
     Breakage("containers.pytorch.rights", *edited("/etc/gpulab/pytorch.json", 's/"uid": 850/"uid": 851/')),
@@ -842,3 +819,58 @@ CASES = [
     *OF_JOBS,
     *HEAVY,
 ]
+
+#: Why a check is not broken here, in words. Each that is not among CASES has its reason.
+REASONS = {
+    "system.time": "the lab's hosts share this machine's clock",
+    "vm.pinning.cpus": "the lab's VMs have no process of QEMU",
+    "vm.pinning.pages": "the lab's VMs have no process of QEMU",
+    "nvidia.mps.server": "needs a real GPU: the simulated one runs no code, so MPS' server ends at once",
+    "containers.engine.version": "the lab has one version of each engine, which is new enough",
+    "containers.ollama.memory": "the lab's only model is smaller than the least budget that can be declared",
+    "containers.milvus.gpu": "needs a real GPU: the lab's Milvus is built for the CPU",
+    "containers.pytorch.cuda": "needs a real GPU: the lab's PyTorch is built for the CPU",
+    "benchmarks.gpu.answers": "needs a real GPU",
+    "benchmarks.gpu.memory.pattern": "needs a real GPU",
+    "benchmarks.gpu.{figure}": "needs a real GPU",
+    "benchmarks.{mps_figure}": "needs a real GPU",
+    "benchmarks.mps.limit": "needs a real GPU",
+    "benchmarks.{pytorch_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+    "benchmarks.{ollama_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+    "benchmarks.{milvus_figure}": "judged by a baseline of five runs, see tests/benchmarks",
+}
+#: A dozen that stand for others like them.
+TYPICAL = {
+    "hypervisor.vfio.bound",
+    "hypervisor.next_boot.cmdline",
+    "vm.backup.job",
+    "vm.labels",
+    "system.data_disk.fstab",
+    "nvidia.driver.pin",
+    "nvidia.gpu.throttle",
+    "nvidia.mps.limits",
+    "containers.gpu.engine_restart",
+    "containers.access.secrets",
+    "containers.ollama.hardening",
+    "containers.milvus.collections",
+}
+#: The table of the run, for its end.
+TABLE: list[str] = []
+
+
+def reasonless(promised: Iterable[str]) -> list[str]:
+    """What is wrong with CASES and REASONS, in words; `promised`: the ids of all checks, with places for parts."""
+    promised = set(promised)
+    broken = {each for each in promised if any(is_of(each, case.check, promised) for case in CASES)}
+    told = [f"{each} has neither a breakage nor a reason" for each in sorted(promised - broken - REASONS.keys())]
+    told += [f"{each} is broken, and has a reason not to be" for each in sorted(broken & REASONS.keys())]
+    told += [f"{each} is no check" for each in sorted(REASONS.keys() - promised)]
+    cases = {case.check for case in CASES}
+    return told + [
+        f"{each} is no check" for each in sorted(cases) if not any(is_of(name, each, promised) for name in promised)
+    ]
+
+
+def is_of(promised: str, id_: str, all_: Iterable[str]) -> bool:
+    """Is it the id of that check, and not that of another, which has one of its own?"""
+    return matches(promised, id_) and (promised == id_ or id_ not in set(all_))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 import subprocess
 import sys
 import time
@@ -234,8 +235,11 @@ class Run:
         return self.deadline - time.monotonic()
 
     def prompt(self, words: int) -> str:
-        """Words at random from the first on: no prompt begins as one that Ollama has read, and keeps."""
-        return " ".join(self.random.choices(WORDS, k=words))
+        """Letters, then words at random: no prompt begins as one that Ollama has read, and keeps. Two of a hundred
+        prompts have their first words alike, if those are of a dictionary.
+        """
+        letters = "".join(self.random.choices(string.ascii_lowercase, k=16))
+        return " ".join([letters, *self.random.choices(WORDS, k=words - 1)])
 
     def ask(self, prompt: str, predict: int) -> Answer:
         """
