@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -402,3 +404,13 @@ def test_parallel_is_what_the_process_was_told(tmp_path: Path, monkeypatch: pyte
 
     assert ollamabench.parallel_of(["milvus", "ollama"], tmp_path) == "3"
     assert ollamabench.parallel_of(["milvus"], tmp_path) == ""
+
+
+def test_no_two_prompts_begin_alike() -> None:
+    """Ollama would not read what it has kept of the one before, and a model may have a token for each letter."""
+    run = ollamabench.Run(ollamabench.Server(1), {"model": "tiny"}, {}, 0.0, random.Random(3))
+    prompts = sorted(run.prompt(60) for _ in range(2000))
+
+    # In order, those that begin alike stand side by side.
+    assert all(one[:6] != other[:6] for one, other in itertools.pairwise(prompts))
+    assert {len(prompt.split()) for prompt in prompts} == {60}
