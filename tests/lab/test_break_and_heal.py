@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rehearsal import host
+from tests.lab.leaks import LEAST
 
 
 def test_converged_lab_verifies_and_changes_nothing(deployed: Any) -> None:
@@ -55,9 +56,11 @@ def test_edited_binding_script(deployed: Any) -> None:
 
 
 def test_unloaded_driver(deployed: Any) -> None:
-    """Nobody can unload a module that is in use, so its two users are stopped first."""
+    """Nobody can unload a module that is in use, so its users are stopped first, and who would start them again."""
+    # With its timer alone, a look that has begun would go on.
+    deployed.on("gpu01", "systemctl", "stop", "gpulab-heal.timer", "gpulab-heal.service")
     deployed.on("gpu01", "docker", "stop", "ollama")
-    deployed.on("gpu01", "systemctl", "stop", "nvidia-persistenced")
+    deployed.on("gpu01", "systemctl", "stop", "nvidia-persistenced", "gpulab-gpu-thermal", "gpulab-mps")
     deployed.on("gpu01", "rmmod", "nvidia_uvm", "nvidia")
 
     heals(deployed, {"nvidia.driver.loaded[gpu01]"})
@@ -131,7 +134,9 @@ def test_secret_stands_nowhere(deployed: Any) -> None:
 
     secrets = Secrets(paths.lab() / "state").values()
     assert secrets
-    words = [value.partition("=")[2] for value in secrets]
+    # Of a token only what follows its name: the name is no secret.
+    words = [value.rpartition("=")[2] for value in secrets]
+    assert all(len(word) >= LEAST for word in words)
     outputs = [deployed.pyinfra("deploy.py", "-vvv", "-y", "--diff").output, deployed.plan("-vvv").output]
     outputs += [deployed.pyinfra("debug-inventory").output, deployed.verify("-vv")[0].output]
     outputs += [path.read_text() for path in Path(deployed.reports).rglob("*") if path.is_file()]

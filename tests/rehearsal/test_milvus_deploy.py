@@ -82,6 +82,7 @@ class Lab:
             "remove": remove or [],
             "collections": wanted.collections(declared),
             "deadline_s": 20,
+            "ready_s": 20,
         }
         return self.python(service._APPLY, json.dumps(order), stdin=json.dumps(dict(passwords)))
 

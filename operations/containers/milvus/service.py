@@ -261,6 +261,7 @@ def milvus(
             "remove": remove,
             "collections": collections,
             "deadline_s": LOGIN_S,
+            "ready_s": service.ready_s,
         }
         words = (f"{TOOLS}/bin/python", "-c", QuoteString(_APPLY), QuoteString(json.dumps(state)))
         yield Told(*words, explain=partial(_not_had, host.name), _stdin=json.dumps(dict(passwords.values)))

@@ -6,10 +6,14 @@ Passwords come over stdin, and stay on the guest in a file of root's alone.
 
 import json
 import sys
+import time
 from typing import Any
 
 from operations.containers.milvus.remote.accounts import Failed, accounts, patiently, remove, root_of
 from operations.containers.milvus.remote.client import connect, described, keep, words
+
+#: Seconds for one answer.
+TRY_S = 5
 
 
 def collection(client: Any, wanted: dict[str, Any]) -> None:
@@ -50,6 +54,24 @@ def collection(client: Any, wanted: dict[str, Any]) -> None:
         client.load_collection(name)
 
 
+def answered(client: Any, name: str, limit_s: float) -> None:
+    """Wait until its rows can be read. A server that has just started says before that it is well and the collection
+    in memory, and reads what its own log holds; all that ask a collection wait for that.
+
+    Raises:
+        Failed: it does not answer within `limit_s` seconds.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            client.query(name, filter="", output_fields=["count(*)"], timeout=TRY_S)
+            return
+        except Exception as error:
+            if time.monotonic() >= deadline:
+                raise Failed(f"it does not answer within {limit_s:g} s: {words(error)}") from None
+        time.sleep(0.5)
+
+
 def former(client: Any, had: dict[str, str]) -> Any:
     """An index as it was."""
     about = {"field_name", "index_name", "total_rows", "indexed_rows", "pending_index_rows", "state"}
@@ -71,7 +93,9 @@ def apply(order: dict[str, Any], passwords: dict[str, str]) -> None:
     for each in order["collections"]:
         label = f"collection {each['database']}.{each['name']}"
         try:
-            collection(connect(uri, "root", passwords["root"], each["database"]), each)
+            client = connect(uri, "root", passwords["root"], each["database"])
+            collection(client, each)
+            answered(client, each["name"], order["ready_s"])
         except Exception as error:
             said = words(error)
             hint = "; the image's Milvus is built for the CPU" if "invalid index type: GPU" in said else ""
