@@ -35,6 +35,8 @@ class Breakage:
     besides: tuple[str, ...] = ()
     #: Patterns of ids that can't be judged then.
     unseen: tuple[str, ...] = ()
+    #: Script on the guest that waits for what comes back after that.
+    back: str = ""
     #: More words for verify.
     words: tuple[str, ...] = ()
 
@@ -176,8 +178,9 @@ test -e /tmp/held || {{ cat /run/hold.log; exit 1; }}"""
 
 
 #: Nobody restarts a service, and the timer goes on.
-QUIET = """mkdir -p /run/systemd/system/gpulab-heal.service.d
-printf '[Service]\\nExecStart=\\nExecStart=/bin/true\\n' > /run/systemd/system/gpulab-heal.service.d/quiet.conf
+QUIET = """folder=/run/systemd/system/gpulab-heal.service.d
+mkdir -p $folder
+printf '[Service]\\nExecStart=\\nExecStart=touch /var/lib/gpulab/heal/look.json\\n' > $folder/quiet.conf
 systemctl daemon-reload
 """
 LOUD = "\nrm -r /run/systemd/system/gpulab-heal.service.d\nsystemctl daemon-reload"
@@ -367,7 +370,7 @@ OF_THE_VM = [
         "id=10de:24b0,iommugroup=14,node=pve1,path=0000:01:00,subsystem-id=10de:14ad",
         NODE,
     ),
-    Breakage("vm.pending", "qm set 101 --cores 3", "qm set 101 --cores 2", NODE),
+    Breakage("vm.pending", "qm set 101 --localtime 1", "qm set 101 --delete localtime", NODE),
 ]
 
 OF_THE_SYSTEM = [
@@ -734,18 +737,23 @@ OF_JOBS = [
     Breakage("containers.pytorch.rights", *edited("/etc/gpulab/pytorch.json", 's/"uid": 850/"uid": 851/')),
 ]
 
-#: Until somebody in the guest answers; its services come after that.
-START_VM = "qm start 101\n" + until("qm guest exec 101 -- docker exec ollama ollama ps")
+#: The guest has booted, and its services answer.
+BOOTED = "\n".join(
+    [until('systemctl is-system-running --wait | grep -E "running|degraded"'), OLLAMA_ANSWERS, MILVUS_ANSWERS]
+)
 
 #: What takes the lab apart, and comes last.
 HEAVY = [
     Breakage(
         "nvidia.driver.loaded",
-        QUIET + "docker stop ollama\nsystemctl stop nvidia-persistenced gpulab-gpu-thermal gpulab-mps\n"
-        "rmmod nvidia_uvm nvidia",
-        "modprobe nvidia\nmodprobe nvidia_uvm\n"
-        "systemctl start nvidia-persistenced gpulab-mps gpulab-gpu-thermal\nsystemctl restart gpulab-gpu-settings\n"
-        "systemctl start nvidia-cdi-refresh\ndocker start ollama\n" + OLLAMA_ANSWERS + LOUD,
+        # Nobody can unload a module that is in use, so its users are stopped first.
+        QUIET
+        + "docker stop ollama milvus\nsystemctl stop gpulab-mps gpulab-gpu-thermal nvidia-persistenced\n"
+        + "rmmod nvidia_uvm nvidia",
+        "modprobe nvidia\nmodprobe nvidia_uvm\nsystemctl start nvidia-persistenced gpulab-mps gpulab-gpu-thermal\n"
+        "systemctl restart gpulab-gpu-settings\nsystemctl start nvidia-cdi-refresh\ndocker start ollama milvus\n"
+        f"{OLLAMA_ANSWERS}\n{MILVUS_ANSWERS}{LOUD}",
+        besides=("containers.ollama.token.accepted",),
         unseen=(*CARDLESS, "containers.*"),
     ),
     Breakage(
@@ -785,8 +793,9 @@ HEAVY = [
         Breakage(
             f"vm.{name}",
             f"qm stop 101\n{breaks}",
-            f"{mends}\n{START_VM}",
+            f"{mends}\nqm start 101",
             NODE,
+            back=BOOTED,
             besides=("vm.running", "system.reachable"),
             unseen=("vm.agent", "system.*", "nvidia.*", "containers.*"),
         )
@@ -798,8 +807,9 @@ HEAVY = [
     Breakage(
         "vm.running",
         "qm stop 101",
-        START_VM,
+        "qm start 101",
         NODE,
+        back=BOOTED,
         besides=("system.reachable",),
         unseen=("vm.agent", "system.*", "nvidia.*", "containers.*"),
     ),

@@ -11,12 +11,14 @@ The marker `typical` is of a dozen of them that stand for the others.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import inventory
+from inventory import GpulabError
 from rehearsal import host
 from tests.lab.breakages import CASES, GUEST, NODE, REASONS, TABLE, Breakage, labelled, wrong
 from tests.lab.commands import INVENTORY, Outcome
@@ -80,6 +82,7 @@ def test_broken_promise_is_seen_by_exactly_its_checks(lab: Lab, case: Breakage) 
         _, results = lab.look(*declaring(case), *case.words)
     finally:
         script(case.on, case.mends)
+        script(GUEST, case.back)
 
     failed = {name for name, each in results.items() if each["verdict"] in BAD}
     unseen = {
@@ -106,7 +109,15 @@ def test_lab_is_whole_again(lab: Lab) -> None:
 
 
 def script(on: str, text: str) -> None:
-    done = host.run(on, ["bash", "-ec", text])
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            done = host.run(on, ["bash", "-ec", text])
+            break
+        except GpulabError:
+            # Between two boots there is nobody to ask.
+            assert time.monotonic() < deadline, f"{on} does not come back"
+            time.sleep(0.5)
     assert done.returncode == 0, (text, done.stdout[-1000:], done.stderr[-1000:])
 
 
