@@ -89,6 +89,18 @@ def test_rehearsal_measures_on_the_processor(tmp_path: Path) -> None:
     assert found.result("benchmarks.pytorch.vae")["simulated"] == "rehearsal"
 
 
+def test_rehearsal_learns_no_baseline(tmp_path: Path) -> None:
+    """Its processor is that of a machine which does other things, too."""
+    lab, slow = lab_file(tmp_path), of_tier_1("ollama", {name: level / 2 for name, level in TIER_1["ollama"].items()})
+    assert run(lab, "ollama", slow).ids("fail") == ids_of("ollama")
+
+    found = run(lab_file(tmp_path, guest={"simulated": "rehearsal"}), "ollama", slow)
+
+    assert found.status == PASSED
+    told = found.result("benchmarks.ollama.generation")["message"]
+    assert "nothing bounds it in a simulated lab" in told and "% against the last " in told
+
+
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     found = run(lab_file(tmp_path), "ollama", of_service("ollama", 2e9) | {"setting": "another model"})
 

@@ -58,10 +58,13 @@ def overall(report: Report) -> tuple[Verdict, str]:
     return Verdict.PASS, f"{len(report.metrics)} metrics of the {report.computed_by} in {report.duration_s:.0f} s"
 
 
-def judge(report: Report, runs: History, revision: str, bare: Report | None = None) -> list[Judgement]:
+def judge(
+    report: Report, runs: History, revision: str, bare: Report | None = None, *, learn: bool = True
+) -> list[Judgement]:
     """The verdict on each metric of the program, in its order.
 
-    `revision`: that of the configuration under test; `bare`: what gpubench measured in the same run.
+    `revision`: that of the configuration under test; `bare`: what gpubench measured in the same run; `learn`: bound by
+    the lab's own runs what no source bounds.
     """
     now = history.past(report, revision)
     found = []
@@ -71,12 +74,12 @@ def judge(report: Report, runs: History, revision: str, bare: Report | None = No
             reason = report.not_run.get(name) or report.reason or f"{report.tool} gave no figure of it"
             found.append(Judgement(name, Verdict.NOT_RUN, f"{name}: {reason}"))
         else:
-            found.append(_judge(name, metric, report, now, runs, bare))
+            found.append(_judge(name, metric, report, now, runs, bare, learn))
     return found
 
 
 def _judge(
-    name: str, metric: Metric, report: Report, now: Past | None, runs: History, bare: Report | None
+    name: str, metric: Metric, report: Report, now: Past | None, runs: History, bare: Report | None, learn: bool
 ) -> Judgement:
     seen = interval(metric.samples)
     if metric.wrong:
@@ -118,13 +121,15 @@ def _judge(
         bounds = Bounds(source.low, source.high, source.unit, source.source)
     elif name in references.DEFINED:
         bounds = references.DEFINED[name]
-    elif learned is not None:
+    elif learned is not None and learn:
         bounds = learned.bounds
     if bounds is not None and len({bounds.hold(level) for level in levels}) == 2:
         # Its samples are not of one distribution, so the interval of their median says nothing.
         return undecided(f"some of its levels are within what is expected, {bounds} ({bounds.source}), others are not")
     if bounds is not None:
         verdict, sentence = references.verdict(seen, bounds), references.sentence(name, seen, bounds)
+    elif learned is not None and not learn:
+        verdict, sentence = Verdict.PASS, f"{words}: nothing bounds it in a simulated lab"
     elif learned is not None:
         verdict = Verdict.PASS
         sentence = f"{words}: learning a baseline, run {learned.runs + 1} of {history.LEARN}"
@@ -139,7 +144,7 @@ def _judge(
         seen,
         source,
         bounds,
-        bounds is None,
+        bounds is None and learn,
         limit,
         ratio,
         latest,

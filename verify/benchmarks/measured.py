@@ -42,10 +42,12 @@ def measured(
     """Judge what was printed. `path`: the lab's history; `revision`: that of the configuration under test; `bare`: what
     gpubench measured in the same run, for a framework to be compared with.
 
+    A simulated lab learns no baseline: its figures are of a machine that does other things meanwhile.
+
     Raises:
         BadReport: it is no report of a benchmark.
     """
     report = contract.read(json.dumps(printed))
     runs = history.read(path)
-    judgements = {each.metric: each for each in judging.judge(report, runs, revision, bare)}
+    judgements = {each.metric: each for each in judging.judge(report, runs, revision, bare, learn=not simulated)}
     return Measured(report, runs, judgements, revision, simulated)
