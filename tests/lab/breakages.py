@@ -194,6 +194,7 @@ client = MilvusClient(login["uri"], token="root:" + login["password"], db_name="
 client.search("spectra", data=[[0.0] * 128], anns_field="vector", limit=1)
 END
 {until("/opt/gpulab/milvus-tools/bin/python /run/ask.py")}"""
+SPECIFICATION = "/var/run/cdi/nvidia.yaml"
 CONTROL = "CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps nvidia-cuda-mps-control"
 PCI = "/sys/bus/pci/devices"
 GRUB = "/boot/grub/grub.cfg"
@@ -458,11 +459,14 @@ OF_THE_DRIVER = [
 
 OF_THE_CARD = [
     Breakage("nvidia.gpu.visible", *card("lost=1"), unseen=(*CARDLESS, *IN_CONTAINERS)),
-    Breakage("nvidia.gpu.memory", *card("memory_total_mib=8192")),
+    Breakage("nvidia.gpu.memory", *card("memory_total_mib=15000")),
     Breakage(
         "nvidia.gpu.client",
         "chown root:root /run/nvidia-mps",
         "chown --reference=/run/nvidia-mps/log /run/nvidia-mps",
+        # Ollama, too, is a client.
+        besides=("containers.ollama.gpu",),
+        unseen=tuple(f"nvidia.gpu.{name}" for name in ("clocks", "link", "link.generation", "throttle")),
     ),
     Breakage("nvidia.gpu.link", *card("link_width=8")),
     Breakage("nvidia.gpu.link.generation", *card("link_generation=2")),
@@ -521,19 +525,23 @@ OF_THE_ENGINE = [
     Breakage(
         "containers.engine.active",
         QUIET + "systemctl stop docker.socket docker.service",
-        "systemctl start docker.socket docker.service" + LOUD,
+        f"systemctl start docker.socket docker.service\n{OLLAMA_ANSWERS}\n{MILVUS_ANSWERS}{LOUD}",
+        # The services run on, and what hands their ports on has ended with the engine.
+        besides=("containers.ollama.token.accepted",),
         unseen=("containers.*",),
     ),
     Breakage(
         "containers.cdi",
-        *away("/var/run/cdi/nvidia.yaml"),
+        *away(SPECIFICATION),
         besides=("containers.pytorch.job",),
         unseen=(*JOBS, "containers.cdi.fresh", "containers.gpu.daemon_reload"),
     ),
     Breakage(
         "containers.cdi.fresh",
         # As after a driver that was upgraded; what is started from now on looks for the files of the one before.
-        *edited("/var/run/cdi/nvidia.yaml", "s/580[.]105[.]08/575.57.08/"),
+        # Written in place both times: Docker does not see a file that is moved into its folder.
+        f"cp {SPECIFICATION} /run/specification\nsed s/580[.]105[.]08/575.57.08/ /run/specification > {SPECIFICATION}",
+        f"cat /run/specification > {SPECIFICATION}",
         besides=("containers.pytorch.job", "containers.gpu.daemon_reload"),
         unseen=JOBS,
     ),

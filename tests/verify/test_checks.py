@@ -97,6 +97,8 @@ ENGINE = {
     "containers.engine.version",
     "containers.gpu.daemon_reload",
     "containers.gpu.engine_restart",
+    "containers.pytorch.image",
+    "containers.pytorch.job",
 }
 SERVICE = {
     *OLLAMA,

@@ -9,10 +9,15 @@ from verify.observations import Observation
 from verify.verdicts import not_run
 
 
-def existing(containers: Observation, service: str) -> dict[str, Any]:
-    """The container's state; the check is not run when the engine does not answer."""
+def answering(containers: Observation) -> None:
+    """The check is not run when the engine does not answer."""
     if not containers["engine"]["version"]:
         not_run("the container engine does not answer")
+
+
+def existing(containers: Observation, service: str) -> dict[str, Any]:
+    """The container's state; the check is not run when the engine does not answer."""
+    answering(containers)
     found: dict[str, Any] = containers["services"][service]
     return found
 

@@ -11,8 +11,9 @@ import pytest
 
 from inventory import Guest
 from inventory.budgets import budgets
+from verify.containers.running import answering
 from verify.observations import Observation
-from verify.verdicts import inconclusive, not_run
+from verify.verdicts import inconclusive
 
 pytestmark = [pytest.mark.on("gpus"), pytest.mark.usefixtures("guest_sees_gpu")]
 
@@ -60,8 +61,7 @@ def users(nvidia: Observation, containers: Observation) -> list[dict[str, Any]]:
 
     Under MPS the clients' memory is their own, and the server is none of them.
     """
-    if not containers["engine"]["version"]:
-        not_run("the container engine does not answer")
+    answering(containers)
     known = {each["id"]: each for each in containers["data"]["containers"]}
     found = [each for gpu in nvidia["nvml"]["gpus"] for each in gpu["processes"] if each["name"] != MPS_SERVER]
     placed = [{**each, **place(each["cgroup"], known)} for each in found]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from inventory import Guest
+from verify.containers.running import answering
 from verify.observations import Observation
 from verify.verdicts import not_run
 
@@ -76,9 +77,3 @@ def test_services_are_stopped_when_the_data_disk_goes(
         f"bound: {', '.join(bound) or '(none)'}"
     )
     seen(", ".join(bound))
-
-
-def answering(containers: Observation) -> None:
-    """The checks are not run when the engine does not answer."""
-    if not containers["engine"]["version"]:
-        not_run("the container engine does not answer")

@@ -14,6 +14,7 @@ from inventory import Guest
 from inventory.budgets import torch_memory_fraction
 from inventory.cards import Card
 from inventory.services import PyTorch
+from verify.containers.running import answering
 from verify.observations import Observation
 from verify.verdicts import not_run
 
@@ -29,7 +30,10 @@ OF_VENV = ("pip", "setuptools")
 
 @pytest.mark.critical
 @pytest.mark.promise("containers.pytorch.image", "services.pytorch.image", fix=DEPLOY)
-def test_image_of_jobs_is_there(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
+def test_image_of_jobs_is_there(
+    guest: Guest, containers: Observation, pytorch: Observation, seen: Callable[[str], None]
+) -> None:
+    answering(containers)
     digest = declared(guest).image.partition("@")[2]
     digests = [each.partition("@")[2] for each in pytorch["digests"]]
     assert digest in digests, f"{guest.name}: the image {digest} of PyTorch jobs is missing, expected it to be there"
@@ -43,7 +47,10 @@ def test_image_of_jobs_is_there(guest: Guest, pytorch: Observation, seen: Callab
     "tenants",
     fix=DEPLOY + "; gpulab-run --list on {host} shows what runs",
 )
-def test_tenant_runs_a_job(guest: Guest, pytorch: Observation, seen: Callable[[str], None]) -> None:
+def test_tenant_runs_a_job(
+    guest: Guest, containers: Observation, pytorch: Observation, seen: Callable[[str], None]
+) -> None:
+    answering(containers)
     job = asked(pytorch)
     said = " ".join(job["said"].split())[-200:]
     assert job["saw"] is not None, f"{guest.name}: a job ended with {job['status']}: {said or 'it said nothing'}"
