@@ -24,6 +24,7 @@ PROGRAMS = [
     *ROOM.rglob("*remote.py"),
     *(path for path in (ROOM / "benchmarks").glob("*.py") if path.stem.endswith(("bench", "job", "host", "intervals"))),
     ROOM / "nvidia/nvml.py",
+    ROOM / "containers/jobs.py",
 ]
 
 

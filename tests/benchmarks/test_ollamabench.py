@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.rehearsal.ollama_server import servers
-from verify.benchmarks import contract, ollamabench
+from verify.benchmarks import contract, host, ollamabench
 from verify.benchmarks.ollamabench import GENERATION, LEAST, PROMPT
 from verify.hosts import whole
 
@@ -398,7 +398,7 @@ def test_parallel_is_what_the_process_was_told(tmp_path: Path, monkeypatch: pyte
             raise OSError("none")
         return ["42"]
 
-    monkeypatch.setattr(ollamabench, "output", inspected)
+    monkeypatch.setattr(host, "output", inspected)
     (tmp_path / "proc/42").mkdir(parents=True)
     (tmp_path / "proc/42/environ").write_text("A=b\0OLLAMA_NUM_PARALLEL=3\0")
 

@@ -82,7 +82,7 @@ def others(containers: Sequence[str]) -> list[str]:
         present = [
             each for each in processes(asker(*card)) if each["pid"] != os.getpid() and each["name"] != MPS_SERVER
         ]
-    ours = [each for each in map(container_id, containers) if each] if present else []
+    ours = [id_ for name in containers if (id_ := inspected(name, "{{.Id}}"))] if present else []
     strangers = [each for each in present if not any(name in each["cgroup"] for name in ours)]
     return sorted(f"PID {each['pid']} {each['name']}" for each in strangers)
 
@@ -108,16 +108,37 @@ def nvml_from(folder: str) -> None:
     sys.path.insert(0, folder)
 
 
-def container_id(name: str) -> str:
-    """The id of a container of that name, empty where there is none. Of Docker, else of Podman."""
+def inspected(name: str, what: str) -> str:
+    """What a container engine tells of a container, by a template of Go's; empty: it has none of that name. Docker is
+    asked, then Podman.
+    """
     for engine in ("docker", "podman"):
         try:
-            found = output([engine, "container", "inspect", "--format", "{{.Id}}", name])
+            found = output([engine, "container", "inspect", "--format", what, name])
         except (OSError, subprocess.SubprocessError):
             continue
         if found:
             return found[0]
     return ""
+
+
+def in_use(users: Sequence[str]) -> str:
+    """The reason of a run that others() put an end to."""
+    return f"GPU in use by {', '.join(users)}"
+
+
+def entry(unit: str, samples: Sequence[float], wrong: int, better: str = "higher") -> dict[str, Any]:
+    """A metric whose output was checked, as a report has it."""
+    return {"unit": unit, "better": better, "samples": list(samples), "checked": True, "wrong": wrong}
+
+
+def ruled(found: dict[str, Any], verdict: str, reason: str) -> None:
+    found["verdict"], found["reason"] = verdict, reason
+
+
+def say(words: str) -> None:
+    """How far it is."""
+    print(words, file=sys.stderr, flush=True)
 
 
 def output(command: Sequence[str]) -> list[str]:

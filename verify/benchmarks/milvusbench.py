@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verify.benchmarks.host import device, nvml_from, others, report
+from verify.benchmarks.host import device, entry, in_use, nvml_from, others, report, ruled, say
 from verify.benchmarks.intervals import stop
 
 #: A Python with Milvus' driver, where this one has none.
@@ -489,10 +489,7 @@ class Bench:
             if dropped:
                 self.found["notes"].append(f"{name}: {dropped} samples dropped, others' indexes were built meanwhile")
             if samples:
-                self.found["metrics"][name] = {
-                    "unit": UNIT[name], "better": "higher", "samples": samples, "checked": True,
-                    "wrong": len(self.wrong.get(name, [])), "limit": None, "limit_of": "",
-                }  # fmt: skip
+                self.found["metrics"][name] = entry(UNIT[name], samples, len(self.wrong.get(name, [])))
                 say(f"{name}: {sorted(samples)[len(samples) // 2]:.5g} {UNIT[name]}, {len(samples)} samples")
 
     def until(self, what: str, done: Callable[[], bool]) -> None:
@@ -605,7 +602,7 @@ def measured(order: dict[str, Any], password: str | None) -> dict[str, Any]:
         client = Client(order["port"], password, began + 2 * float(order["limit_s"]) + AROUND_S - CLEAN_S)
         found["software"] = f"milvus {version_of(client)}"
         if kind == "cuda" and (users := others(order["containers"])):
-            verdict(found, "inconclusive", f"GPU in use by {', '.join(users)}")
+            ruled(found, "inconclusive", in_use(users))
         else:
             clean(client)
             dimension, metric = order["dimension"], order["index"]["metric_type"]
@@ -614,23 +611,23 @@ def measured(order: dict[str, Any], password: str | None) -> dict[str, Any]:
             if wrong := [words for each in bench.wrong.values() for words in each]:
                 for name, metric in found["metrics"].items():
                     metric["wrong"] = len(bench.wrong.get(name, []))
-                verdict(found, "failed", f"{len(wrong)} answers are wrong: {wrong[0]}")
+                ruled(found, "failed", f"{len(wrong)} answers are wrong: {wrong[0]}")
             elif kind == "cuda" and (users := others(order["containers"])):
-                verdict(found, "inconclusive", f"GPU in use by {', '.join(users)}")
+                ruled(found, "inconclusive", in_use(users))
     except ImportError as error:
-        verdict(found, "not run", f"{TOOLS} has no driver of Milvus: {error}")
+        ruled(found, "not run", f"{TOOLS} has no driver of Milvus: {error}")
     except Impossible as error:
-        verdict(found, "not run", str(error))
+        ruled(found, "not run", str(error))
     except NoAnswer as error:
-        verdict(found, "failed", f"{error.status}: {error}")
+        ruled(found, "failed", f"{error.status}: {error}")
     except Ended as ended:
-        verdict(found, "inconclusive", f"ended by {ended}")
+        ruled(found, "inconclusive", f"ended by {ended}")
     finally:
         if client is not None:
             leave(client, found)
     found["not_run"] = {name: found["reason"] or "the time is up" for name in UNIT if name not in found["metrics"]}
     if found["verdict"] == "measured" and found["not_run"]:
-        verdict(found, "inconclusive", f"the time is up before {', '.join(found['not_run'])}")
+        ruled(found, "inconclusive", f"the time is up before {', '.join(found['not_run'])}")
     found["duration_s"] = time.monotonic() - began
     return found
 
@@ -646,16 +643,8 @@ def leave(client: Client, found: dict[str, Any]) -> None:
             clean(client)
     except NoAnswer as error:
         reason = f"database {DATABASE} stays: {error}"
-        verdict(found, "failed", f"{found['reason']}; {reason}" if found["reason"] else reason)
+        ruled(found, "failed", f"{found['reason']}; {reason}" if found["reason"] else reason)
     client.close()
-
-
-def verdict(found: dict[str, Any], word: str, reason: str) -> None:
-    found["verdict"], found["reason"] = word, reason
-
-
-def say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
 
 
 def ended(number: int, _: object) -> None:

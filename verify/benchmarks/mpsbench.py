@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from verify.benchmarks.host import device, nvml_from, others, report
+from verify.benchmarks.host import device, entry, in_use, nvml_from, others, report, ruled, say
 from verify.benchmarks.intervals import stop
 
 #: Seconds of a launch, and of what is counted of each client for one sample.
@@ -229,7 +229,7 @@ class Run:
         if self.known is None:
             self.known = set(found)
         if came := sorted(set(found) - self.known):
-            raise Over(f"GPU in use by {', '.join(came)}, who came during the run", "inconclusive")
+            raise Over(f"{in_use(came)}, who came during the run", "inconclusive")
 
     def rounds(self, client: Client, blocks: int | None = None) -> int:
         """How often the kernel's loop is to turn for a slice, the same for every client. The card is warm after."""
@@ -275,13 +275,7 @@ class Run:
             if now > self.deadline and not enough:
                 self.result["notes"].append(f"{name}: {len(samples)} samples instead of {LEAST}: the time was up")
                 break
-        self.result["metrics"][name] = {
-            "unit": unit,
-            "better": better,
-            "samples": samples,
-            "checked": True,
-            "wrong": self.wrong,
-        }
+        self.result["metrics"][name] = entry(unit, samples, self.wrong, better)
         say(f"{name}: {statistics.median(samples):.4g} {unit} (median of {len(samples)}, {self.wrong} words wrong)")
         if self.wrong:
             raise Over(f"{name}: {self.wrong} words wrong")
@@ -381,10 +375,6 @@ def measure_limit(run: Run, count: int, limit_mib: int) -> None:
 # A run.
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def server_gives(pipe: str) -> float:
     """Percent of the threads that MPS' daemon gives a client at most.
 
@@ -420,7 +410,7 @@ def alone(containers: Sequence[str]) -> None:
     end = time.monotonic() + SETTLE_S
     while found := others(containers):
         if time.monotonic() >= end:
-            raise Over(f"GPU in use by {', '.join(found)}", "inconclusive")
+            raise Over(in_use(found), "inconclusive")
         time.sleep(0.2)
 
 
@@ -466,7 +456,7 @@ def main(text: str) -> int:
         if not result["metrics"]:
             raise Over("; ".join(result["not_run"].values()), "not run")
     except Over as error:
-        result["verdict"], result["reason"] = error.verdict, str(error)
+        ruled(result, error.verdict, str(error))
     for name in METRICS:
         if name not in result["metrics"]:
             result["not_run"].setdefault(name, result["reason"])

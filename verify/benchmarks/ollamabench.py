@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import string
-import subprocess
 import sys
 import time
 import urllib.error
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verify.benchmarks.host import device, nvml_from, others, output, report
+from verify.benchmarks.host import device, entry, in_use, inspected, nvml_from, others, report, ruled, say
 from verify.benchmarks.intervals import stop
 
 PROMPT, GENERATION = "ollama.prompt", "ollama.generation"
@@ -302,10 +301,7 @@ class Run:
         finally:
             for name, samples in self.samples.items():
                 if samples:
-                    self.found["metrics"][name] = {
-                        "unit": "tokens/s", "better": "higher", "samples": samples, "checked": True,
-                        "wrong": len(self.wrong[name]), "limit": None, "limit_of": "",
-                    }  # fmt: skip
+                    self.found["metrics"][name] = entry("tokens/s", samples, len(self.wrong[name]))
                     say(f"{name}: {sorted(samples)[len(samples) // 2]:.5g} tokens/s, {len(samples)} samples")
 
     def enough(self, elapsed_s: float, limit_s: float) -> bool:
@@ -334,15 +330,14 @@ class Run:
 def parallel_of(containers: Sequence[str], root: Path = Path("/")) -> str:
     """Requests that Ollama answers at the same time, as its process was told; empty: nobody says."""
     for name in containers:
-        for engine in ("docker", "podman"):
-            try:
-                pid = output([engine, "container", "inspect", "--format", "{{.State.Pid}}", name])[0]
-                variables = (root / f"proc/{int(pid)}/environ").read_text(errors="replace").split("\0")
-            except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-                continue
-            for each in variables:
-                if each.startswith("OLLAMA_NUM_PARALLEL="):
-                    return each.partition("=")[2]
+        try:
+            pid = int(inspected(name, "{{.State.Pid}}"))
+            variables = (root / f"proc/{pid}/environ").read_text(errors="replace").split("\0")
+        except (OSError, ValueError):
+            continue
+        for each in variables:
+            if each.startswith("OLLAMA_NUM_PARALLEL="):
+                return each.partition("=")[2]
     return ""
 
 
@@ -361,7 +356,7 @@ def measured(order: dict[str, Any]) -> dict[str, Any]:
         version = str(run.server.call("/api/version").get("version"))
         found["software"] = f"ollama {version}"
         if users := others(order["containers"]):
-            ruled(found, "inconclusive", f"GPU in use by {', '.join(users)}")
+            ruled(found, "inconclusive", in_use(users))
         else:
             with_model(run, version)
             judged(run, others(order["containers"]) if found["device"] == "cuda" else [])
@@ -408,21 +403,13 @@ def judged(run: Run, users: Sequence[str]) -> None:
     if wrong:
         ruled(found, "failed", f"{len(wrong)} figures of {run.answers} answers are wrong: {wrong[0]}")
     elif users:
-        ruled(found, "inconclusive", f"GPU in use by {', '.join(users)}")
+        ruled(found, "inconclusive", in_use(users))
     elif run.waited:
         ruled(found, "inconclusive", f"{run.waited} of {run.answers} answers stood behind others' requests")
     elif missing and run.short:
         ruled(found, "inconclusive", f"{run.short} of {run.answers} answers ended before {SHORTEST} tokens")
     elif missing:
         ruled(found, "inconclusive", "the time is up")
-
-
-def ruled(found: dict[str, Any], word: str, reason: str) -> None:
-    found["verdict"], found["reason"] = word, reason
-
-
-def say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ The job is torchjob.py, started by gpulab-run as a tenant starts one: its figure
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -15,9 +14,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from verify.benchmarks.host import device, nvml_from, others, report
+from verify.benchmarks.host import device, in_use, nvml_from, others, report, ruled, say
+from verify.containers.jobs import PROGRAM, as_root
 
-PROGRAM = "/usr/local/bin/gpulab-run"
 #: What marks the job's own line among what torch and the image say.
 MARK = "gpulab-torchbench:"
 #: How the names of the metrics begin.
@@ -52,7 +51,7 @@ def observe(arguments: dict[str, Any]) -> dict[str, Any]:
     services' `containers`, `limit_s` of sampling, the `folder` with pynvml.py.
     """
     began, found = time.monotonic(), report("pytorch")
-    found["verdict"], found["reason"] = measure(arguments, found)
+    ruled(found, *measure(arguments, found))
     found["duration_s"] = time.monotonic() - began
     return found
 
@@ -84,17 +83,11 @@ def measure(arguments: dict[str, Any], found: dict[str, Any]) -> tuple[str, str]
     return "measured", ""
 
 
-def in_use(present: list[str]) -> str:
-    return f"GPU in use by {', '.join(present)}"
-
-
 def run(tenant: str, text: str, limit_s: float, seed: int) -> Job:
     """Run the job, and pass on to stderr what it says of its metrics.
 
     It is ended after twice `limit_s` and what a start takes.
     """
-    # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
     longest = int(2 * limit_s) + START_S
     words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", f"{longest}s", "--name", "gpulab-torchbench"]
     # A job starts in the tenant's folder, where a module may have the name of one of Python's.
@@ -109,7 +102,7 @@ def run(tenant: str, text: str, limit_s: float, seed: int) -> Job:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=environment,
+            env=as_root(),
         )
     except OSError as error:
         return Job(127, None, [f"{PROGRAM}: {error.strerror}"])
@@ -124,7 +117,7 @@ def run(tenant: str, text: str, limit_s: float, seed: int) -> Job:
                 else:
                     said.append(line.rstrip())
                     if line.startswith(METRICS):
-                        print(line, end="", file=sys.stderr, flush=True)
+                        say(line.rstrip())
     finally:
         guard.cancel()
     return Job(process.returncode, saw, said)

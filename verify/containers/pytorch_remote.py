@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
-PROGRAM = "/usr/local/bin/gpulab-run"
+from verify.containers.jobs import PROGRAM, as_root
+
 #: What marks the job's own line among what torch and the image say.
 MARK = "gpulab-verify:"
 #: Files of the environment above that size are not read whole, MiB.
@@ -90,12 +90,10 @@ def observe(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run(tenant: str) -> dict[str, Any]:
     """The job's exit status, what it said of itself (None: nothing), and the end of all that was said."""
-    # Behind sudo, gpulab-run would ask for the groups of the user that verify logs in as.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SUDO_")}
     words = [PROGRAM, "--tenant", tenant, "--no-wait", "--time-limit", "2m", "--name", "gpulab-verify"]
     try:
         done = subprocess.run(
-            [*words, "--", "python3", "-c", JOB], capture_output=True, text=True, env=environment, check=False
+            [*words, "--", "python3", "-c", JOB], capture_output=True, text=True, env=as_root(), check=False
         )
     except FileNotFoundError:
         return {"status": 127, "saw": None, "said": f"{PROGRAM} is missing"}
