@@ -9,7 +9,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ class Readers:
         drain: bool = False,
         tell: Callable[[str, str], None] = lambda host, line: None,
     ) -> None:
-        """`benchmarks`: quick or full; `drain`: stop the services for them where those use the card; `tell`: is called
-        with a host and a line of how far a long read of it is, in the thread that reads.
+        """`benchmarks`: off, quick or full; `drain`: stop the services for them where those use the card; `tell`: is
+        called with a host and a line of how far a long read of it is, in the thread that reads.
         """
         self._lab = lab
         self._tell = tell
@@ -166,12 +167,7 @@ class Readers:
 
     def _process(self, guest: Guest) -> dict[str, Any]:
         """QEMU's process, which the node has."""
-        arguments = {"vmid": guest.vmid, "memory": guest.hugepages is not None}
-        node = self._lab.node_of(guest)
-        try:
-            return self._connection(node).read(ROOM / "vm/process_remote.py", arguments)
-        except Unreachable:
-            raise Unreadable(f"{node.name} is not reachable") from None
+        return self._on_node(guest, "process_remote.py", {"vmid": guest.vmid, "memory": guest.hugepages is not None})
 
     def _backup(self, guest: Guest) -> dict[str, Any]:
         """Over the node's connection: the token sees no jobs."""
@@ -179,9 +175,13 @@ class Readers:
         if backup is None:
             return {"job": None, "backups": [], "error": "", "meta": None, "now": time.time()}
         arguments = {"job": f"gpulab-{guest.name}", "storage": backup.storage, "vmid": guest.vmid}
+        return self._on_node(guest, "remote.py", arguments)
+
+    def _on_node(self, guest: Guest, script: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a script of the VM's finds on the guest's node. That nobody is there is told by the node's own check."""
         node = self._lab.node_of(guest)
         try:
-            return self._connection(node).read(ROOM / "vm/remote.py", arguments)
+            return self._connection(node).read(ROOM / "vm" / script, arguments)
         except Unreachable:
             raise Unreadable(f"{node.name} is not reachable") from None
 
@@ -279,18 +279,14 @@ class Readers:
             return found
 
     def _mpsbench(self, guest: Guest) -> dict[str, Any]:
-        connection = self._connection(guest)
-        folder = connection.send("gpubench.py", program().encode())
-        arguments = {
-            "program": f"{folder}/gpubench.py",
-            "pipe": PIPE_DIRECTORY,
-            "user": SERVICE_USER,
-            "clients": min(max(len(guest.tenants), 2), 4),
-        }
-        try:
+        with self._lent(guest, "gpubench.py", program().encode()) as folder:
+            arguments = {
+                "program": f"{folder}/gpubench.py",
+                "pipe": PIPE_DIRECTORY,
+                "user": SERVICE_USER,
+                "clients": min(max(len(guest.tenants), 2), 4),
+            }
             return self._measure(guest, "mpsbench.py", arguments)
-        finally:
-            connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
 
     def _torchbench(self, guest: Guest) -> dict[str, Any]:
         arguments = {"tenant": worker(guest), "job": whole(ROOM / "benchmarks/torchjob.py")}
@@ -315,20 +311,25 @@ class Readers:
 
     def _measure(self, guest: Guest, script: str, arguments: dict[str, Any], secret: object = None) -> dict[str, Any]:
         """What a program of tier 1 printed. One card of a node at a time, as `_gpubench`."""
+        with self._lent(guest, "pynvml.py", pynvml()) as folder, self._benches[guest.node]:
+            common = {"folder": folder, "containers": list(guest.services.served()), "limit_s": TIER_1_S}
+            return self._connection(guest).read(
+                ROOM / "benchmarks" / script,
+                common | arguments,
+                2 * TIER_1_S + 60,
+                secret,
+                functools.partial(self._tell, guest.name),
+            )
+
+    @contextmanager
+    def _lent(self, guest: Guest, name: str, text: bytes) -> Iterator[str]:
+        """A folder on the guest with a file of that name, for as long as a benchmark takes."""
         connection = self._connection(guest)
-        folder = connection.send("pynvml.py", pynvml())
-        common = {"folder": folder, "containers": list(guest.services.served()), "limit_s": TIER_1_S}
-        with self._benches[guest.node]:
-            try:
-                return connection.read(
-                    ROOM / "benchmarks" / script,
-                    common | arguments,
-                    2 * TIER_1_S + 60,
-                    secret,
-                    functools.partial(self._tell, guest.name),
-                )
-            finally:
-                connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
+        folder = connection.send(name, text)
+        try:
+            yield folder
+        finally:
+            connection.run(f"benchmarks of {guest.name}", ["rm", "-r", folder], b"", TIER_1_S)
 
     def _ports(self, guest: Guest) -> dict[str, Any]:
         """Which of its services' ports the control machine can open on the guest's address."""
