@@ -74,6 +74,7 @@ SEEN = pytest.StashKey[str]()
 #: Seconds that a check has waited for what it reads.
 WAITED = pytest.StashKey[float]()
 BEGAN = pytest.StashKey[float]()
+REVISION = pytest.StashKey[str]()
 RUN = pytest.StashKey[tuple[Run, Changes | None]]()
 WAIVERS = pytest.StashKey[list[Waiver]]()
 #: Every check of the lab by host and id, whatever this run chose of them.
@@ -138,7 +139,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LAB], config.stash[CHOSEN] = lab, chosen
     config.stash[RESULTS], config.stash[CHECKS], config.stash[MEASURED] = {}, {}, {}
     config.stash[PROGRESS] = queue.SimpleQueue()
-    config.stash[BEGAN] = time.time()
+    config.stash[BEGAN], config.stash[REVISION] = time.time(), revision(config.rootpath)
     # Our own summary says it better: without tracebacks and with what would heal each failure.
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "no"
@@ -286,7 +287,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         file=str(file),
         began=config.stash[BEGAN],
         duration_s=time.time() - config.stash[BEGAN],
-        revision=revision(config.rootpath),
+        revision=config.stash[REVISION],
         limits=tuple(config.getoption("--limit")),
         selection=selection(config),
         left_out=[(host_of(item) or "", check_id(item)) for item in config.stash[LEFT_OUT]],
@@ -503,7 +504,7 @@ def measured_of(config: pytest.Config, guest: Guest, subject: str, observation: 
     if key not in known or known[key][0] is not observation:
         path = history.file_of(config.stash[LAB], guest)
         bare = None if subject == "gpubench" else bare_of(config, guest)
-        known[key] = observation, measured(observation, path, revision(config.rootpath), guest.simulated, bare)
+        known[key] = observation, measured(observation, path, config.stash[REVISION], guest.simulated, bare)
     return known[key][1]
 
 

@@ -11,8 +11,10 @@ from inventory import Guest
 from verify.benchmarks.measured import Measured
 from verify.benchmarks.test_gpu import SLOW, decided
 
-AGAIN = "pytest verify --lab {lab} --limit {host} --benchmarks full -k "
-MPS = "systemctl restart gpulab-mps on {host}, then " + AGAIN + "benchmarks.mps"
+MPS = (
+    "systemctl restart gpulab-mps on {host}, then "
+    "pytest verify --lab {lab} --limit {host} --benchmarks full -k benchmarks.mps"
+)
 
 
 @pytest.mark.on("mps")
@@ -21,8 +23,7 @@ MPS = "systemctl restart gpulab-mps on {host}, then " + AGAIN + "benchmarks.mps"
 def test_clients_share_the_card(
     guest: Guest, mps_figure: str, mps_benchmark: Measured, seen: Callable[[str], None]
 ) -> None:
-    answered(guest, mps_benchmark, mps_figure)
-    decided(guest, mps_benchmark, mps_figure, seen)
+    told(guest, mps_benchmark, mps_figure, seen)
 
 
 @pytest.mark.on("mps")
@@ -31,8 +32,7 @@ def test_clients_share_the_card(
 def test_client_over_its_memory_limit_is_refused_alone(
     guest: Guest, mps_benchmark: Measured, seen: Callable[[str], None]
 ) -> None:
-    answered(guest, mps_benchmark, "mps.limit")
-    decided(guest, mps_benchmark, "mps.limit", seen)
+    told(guest, mps_benchmark, "mps.limit", seen)
 
 
 @pytest.mark.on("pytorch")
@@ -42,8 +42,7 @@ def test_pytorch_is_as_fast_as_it_was(
     guest: Guest, pytorch_figure: str, pytorch_benchmark: Measured, seen: Callable[[str], None]
 ) -> None:
     on_the_card(guest, pytorch_benchmark)
-    answered(guest, pytorch_benchmark, pytorch_figure)
-    decided(guest, pytorch_benchmark, pytorch_figure, seen)
+    told(guest, pytorch_benchmark, pytorch_figure, seen)
 
 
 @pytest.mark.on("ollama")
@@ -53,8 +52,7 @@ def test_ollama_is_as_fast_as_it_was(
     guest: Guest, ollama_figure: str, ollama_benchmark: Measured, seen: Callable[[str], None]
 ) -> None:
     on_the_card(guest, ollama_benchmark)
-    answered(guest, ollama_benchmark, ollama_figure)
-    decided(guest, ollama_benchmark, ollama_figure, seen)
+    told(guest, ollama_benchmark, ollama_figure, seen)
 
 
 @pytest.mark.on("milvus")
@@ -63,14 +61,17 @@ def test_ollama_is_as_fast_as_it_was(
 def test_milvus_is_as_good_as_it_was(
     guest: Guest, milvus_figure: str, milvus_benchmark: Measured, seen: Callable[[str], None]
 ) -> None:
-    answered(guest, milvus_benchmark, milvus_figure)
-    decided(guest, milvus_benchmark, milvus_figure, seen)
+    told(guest, milvus_benchmark, milvus_figure, seen)
 
 
-def answered(guest: Guest, benchmark: Measured, metric: str) -> None:
-    """A program that broke has not measured the rest; what it computed wrong is told by the check of that figure."""
+def told(guest: Guest, benchmark: Measured, metric: str, seen: Callable[[str], None]) -> None:
+    """End the check with the verdict on that metric.
+
+    A program that broke has not measured the rest; what it computed wrong is told by the check of that figure.
+    """
     report = benchmark.report
     assert report.verdict != "failed" or metric in report.metrics, f"{guest.name}: {report.reason}"
+    decided(guest, benchmark, metric, seen)
 
 
 def on_the_card(guest: Guest, benchmark: Measured) -> None:
