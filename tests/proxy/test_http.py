@@ -13,6 +13,7 @@ import ssl
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,11 +260,13 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
     """Clients that keep their connections, with streamed answers, through five reloads.
 
     As HTTP libraries do, they look whether a kept connection was closed before they use it again. Between that look
-    and the request nginx may still close it: the one thing that a reload can cost, and a matter of microseconds.
+    and the request nginx may still close it, right behind the last line of an answer too: the one thing that a reload
+    can cost, once a connection. How often it does is up to the machine's load.
     """
     end = time.monotonic() + 6
+    reloads = 5
     lost: list[str] = []
-    raced: list[str] = []
+    raced: list[tuple[int, str]] = []
     done = [0] * 8
 
     def client(number: int) -> None:
@@ -283,7 +286,10 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
                 before_any_answer = isinstance(
                     error, http.client.RemoteDisconnected | ssl.SSLEOFError | ConnectionError
                 )
-                (raced if kept and before_any_answer else lost).append(repr(error))
+                if kept and before_any_answer:
+                    raced.append((number, repr(error)))
+                else:
+                    lost.append(repr(error))
                 connection.close()
         connection.close()
 
@@ -291,12 +297,12 @@ def test_reload_under_load_drops_nothing(site: Site) -> None:
     clients = [threading.Thread(target=client, args=(number,)) for number in range(len(done))]
     for each in clients:
         each.start()
-    for number in range(5):
+    for number in range(reloads):
         time.sleep(0.8)
         site.guest.apply(site.proxy(astro=[ASTRO, f"another-token-{number}-0123456789"]))
     for each in clients:
         each.join()
 
     assert lost == []
-    assert len(raced) <= 5, raced
-    assert min(done) >= 5, done
+    assert max(Counter(client for client, _ in raced).values(), default=0) <= reloads, raced
+    assert min(done) >= reloads, done
