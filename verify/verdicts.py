@@ -103,3 +103,11 @@ def exit_status(results: Collection[Result]) -> int:
 def count(results: Iterable[Result], verdict: Verdict) -> int:
     """How many results have that verdict."""
     return sum(result.verdict is verdict for result in results)
+
+
+def tally(results: list[Result]) -> str:
+    """Counts of verdicts, those that want to be looked at first."""
+    order = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.NOT_RUN, Verdict.WAIVED, Verdict.PASS)
+    words = {Verdict.PASS: "passed", Verdict.FAIL: "failed"}
+    counts = {verdict: sum(result.verdict is verdict for result in results) for verdict in order}
+    return ", ".join(f"{number} {words.get(verdict, verdict.value)}" for verdict, number in counts.items() if number)

@@ -90,6 +90,22 @@ def test_check_that_was_left_out_is_compared_with_the_last_run_that_made_it() ->
     assert not history.changes(good, good, [bad])
 
 
+def test_figures_that_were_not_measured_are_told_with_what_they_came_to_last() -> None:
+    figures = [("gpu01", "benchmarks.gpu.a"), ("gpu01", "benchmarks.mps.b")]
+    daily = run_of(result("a"), left_out=[*figures, ("gpu01", "system.restart")])
+    card = run_of(result("benchmarks.gpu.a", Verdict.FAIL))
+    weekly = run_of(result("benchmarks.gpu.a"), result("benchmarks.mps.b"), began=1_795_000_000)
+
+    assert history.unmeasured(weekly, [card]) == []
+    assert history.unmeasured(daily, [daily]) == [
+        "gpu01: 2 figures were not measured, nor before; --benchmarks full measures them"
+    ]
+    assert history.unmeasured(daily, [daily, card, weekly]) == [
+        f"gpu01: 2 figures were not measured; when last they were, on {weekly.when} or later: 1 failed, 1 passed "
+        "(benchmarks.gpu.a)"
+    ]
+
+
 def test_failing_since_looks_past_runs_that_left_the_check_out() -> None:
     daily = run_of(result("a"), left_out=[("gpu01", "speed")])
     bad = [run_of(result("speed", Verdict.FAIL), began=1_795_000_000 - weeks * 604800) for weeks in range(3)]
@@ -208,6 +224,7 @@ def test_benchmarks_now_and_then_are_no_news(tmp_path: Path, capsys: pytest.Capt
     verify(lab, plugin=Doctored(healthy()))
     daily = verify(lab, "--benchmarks", "off", plugin=Doctored(healthy()))
     assert ["gpu01", "benchmarks.gpu.memory.copy"] in daily.json["left_out"]
+    assert "figures were not measured; when last they were" in daily.html
     assert main([report]) == 0 and said().endswith("    no change\n")
 
     weekly = verify(lab, plugin=Doctored(slow))

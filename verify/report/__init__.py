@@ -32,13 +32,14 @@ def write(run: Run, folder: Path, states: Iterable[Path]) -> tuple[Run, Changes 
     run = without_secrets(dataclasses.replace(run, folder=folder), secret_words(states))
     past = history.earlier(folder, run.selection)
     since = history.changes(past[0], run, past[1:]) if past else None
+    run = dataclasses.replace(run, unmeasured=history.unmeasured(run, past))
     place = history.place(folder, run.began)
     put(folder / "verify.json", json.dumps(run.as_json(), indent=2) + "\n")
     put(folder / "index.html", html(run, since, history.failing_since(run, past)))
     put(folder / "results.jsonl", json_lines(run))
     put(folder / "junit.xml", junit(run))
     if not run.selection:
-        put(folder / "verify.prom", prometheus(run, history.last(run.left_out, past)))
+        put(folder / "verify.prom", prometheus(run, [result for _, result in history.last(run.left_out, past)]))
     for name in ("verify.json", "index.html"):
         shutil.copyfile(folder / name, place / name)
     return run, since

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from verify.report.run import Run
-from verify.verdicts import Result, Verdict
+from verify.verdicts import Result, Verdict, tally
 
 #: Runs that are kept of a lab; the oldest go.
 KEPT = 50
@@ -51,7 +51,8 @@ def changes(before: Run, now: Run, older: Sequence[Run] = ()) -> Changes:
     A check that `before` left out is compared with the last of the `older` runs, the newest first, that made it; that
     it is made again, or that `now` leaves it out, is no change.
     """
-    old = {(result.host, result.id): result for result in [*last(before.left_out, older), *before.results]}
+    older_results = [result for _, result in last(before.left_out, older)]
+    old = {(result.host, result.id): result for result in [*older_results, *before.results]}
     new = {(result.host, result.id): result for result in now.results}
     both = [(old[key].verdict, result) for key, result in new.items() if key in old]
     differing = [(verdict, result) for verdict, result in both if verdict is not result.verdict]
@@ -69,15 +70,34 @@ def changes(before: Run, now: Run, older: Sequence[Run] = ()) -> Changes:
     )
 
 
-def last(keys: Iterable[tuple[str, str]], past: Sequence[Run]) -> list[Result]:
-    """The last result of each of these checks, by host and id, in runs of which the newest is first."""
+def last(keys: Iterable[tuple[str, str]], past: Sequence[Run]) -> list[tuple[Run, Result]]:
+    """The last result of each of these checks, by host and id, and its run; of the `past` runs the newest is first."""
     wanted = set(keys)
-    found: dict[tuple[str, str], Result] = {}
+    found: dict[tuple[str, str], tuple[Run, Result]] = {}
     for run in past:
         for result in run.results:
             if (result.host, result.id) in wanted:
-                found.setdefault((result.host, result.id), result)
+                found.setdefault((result.host, result.id), (run, result))
     return list(found.values())
+
+
+def unmeasured(run: Run, past: Sequence[Run]) -> list[str]:
+    """A line for each guest of whose benchmarks the run left some out: how many, and what they came to last."""
+    found = []
+    benchmarks = [key for key in run.left_out if key[1].startswith("benchmarks.")]
+    for host in sorted({host for host, _ in benchmarks}):
+        keys = [key for key in benchmarks if key[0] == host]
+        known = last(keys, past)
+        line = f"{host}: {len(keys)} figure{'s were' if len(keys) > 1 else ' was'} not measured"
+        if known:
+            oldest = min((before for before, _ in known), key=lambda before: before.began)
+            line += f"; when last they were, on {oldest.when} or later: {tally([result for _, result in known])}"
+            bad = [result.id for _, result in known if result.verdict in BAD]
+            line += f" ({', '.join(bad)})" if bad else ""
+        else:
+            line += ", nor before; --benchmarks full measures them"
+        found.append(line)
+    return found
 
 
 def differing_facts(before: Run, now: Run) -> list[tuple[str, str, str, str]]:

@@ -10,7 +10,7 @@ import jinja2
 
 from verify.report.history import Changes
 from verify.report.run import Run, printable
-from verify.verdicts import FAILED, PASSED, Result, Severity, Verdict
+from verify.verdicts import FAILED, PASSED, Result, Severity, Verdict, tally
 
 #: Readable without colour: a sign and a word.
 SIGNS = {
@@ -104,11 +104,3 @@ def missing(run: Run) -> list[tuple[str, str, list[Result]]]:
 def brief(result: Result) -> str:
     """What was found, without the host that the page says already."""
     return result.message.removeprefix(f"{result.host}: ") or ("as promised" if result.verdict is Verdict.PASS else "")
-
-
-def tally(results: list[Result]) -> str:
-    """Counts of verdicts, those that want to be looked at first."""
-    order = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.NOT_RUN, Verdict.WAIVED, Verdict.PASS)
-    words = {Verdict.PASS: "passed", Verdict.FAIL: "failed"}
-    counts = {verdict: sum(result.verdict is verdict for result in results) for verdict in order}
-    return ", ".join(f"{number} {words.get(verdict, verdict.value)}" for verdict, number in counts.items() if number)

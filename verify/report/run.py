@@ -47,6 +47,8 @@ class Run:
     selection: str = ""
     #: Host and id of the checks that are made only when they are asked for (benchmarks, disruptive ones) and were not.
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    #: What of the benchmarks was left out, a line a guest, with what it came to last.
+    unmeasured: list[str] = field(default_factory=list)
     simulated: list[str] = field(default_factory=list)
     #: Real guests whose `expected_not_run` is not empty: it excuses nothing.
     unexcused: list[str] = field(default_factory=list)

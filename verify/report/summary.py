@@ -27,6 +27,7 @@ def lines(run: Run, since: Changes | None = None) -> list[str]:
         found += [f"WAIVED {result.id} [{result.severity.value}] {result.host} ({result.waiver})"]
         found += [f"    {line}" for line in result.message.splitlines()]
     found += [f"no longer needed, its check passed: the waiver of {line}" for line in run.needless]
+    found += run.unmeasured
     found += news(since) if since is not None else []
     if not run.results:
         found.append(f"nothing was checked: no check is of {run.selection or 'any host of this lab'}")
