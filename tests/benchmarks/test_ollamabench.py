@@ -297,6 +297,20 @@ def test_answers_that_end_by_themselves_count_if_long_enough(ollama: Ollama) -> 
 
 
 @pytest.mark.parametrize(
+    "ended", [{"eval_count": 1, "response": ""}, {"eval_count": 1, "response": "", "eval_duration": None}], ids=str
+)
+def test_answers_that_end_with_their_first_token_are_no_mistake(ollama: Ollama, ended: Json) -> None:
+    """One in three: the model's first token is the one that ends the text, of which Ollama gives none."""
+    ollama.lie = lambda answer: answer | (ended | {"done_reason": "stop"} if len(ollama.asked) % 3 == 0 else {})
+
+    found = ollama.measured()
+
+    assert found.verdict == "measured", found.reason
+    assert [found.metrics[name].wrong for name in (PROMPT, GENERATION)] == [0, 0]
+    assert len(found.metrics[GENERATION].samples) < len(found.metrics[PROMPT].samples)
+
+
+@pytest.mark.parametrize(
     ("error", "verdict", "words"),
     [
         ((500, "model runner has unexpectedly stopped"), "failed", "HTTP 500: model runner has unexpectedly stopped"),

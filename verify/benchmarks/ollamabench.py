@@ -92,6 +92,10 @@ class Answer:
     def waited_s(self) -> float:
         return self.wall_s - self.prompt_s - self.generated_s
 
+    @property
+    def short(self) -> bool:
+        return self.generated < SHORTEST
+
 
 def answer_of(found: dict[str, Any], wall_s: float) -> Answer:
     """Ollama leaves out what is 0. What is no number counts as 0, which no answer may have."""
@@ -128,6 +132,9 @@ def mistakes(answer: Answer, words: int, text: str, predict: int) -> dict[str, s
         found[GENERATION] = (
             f"eval_count {answer.generated} where num_predict is {predict} ({answer.reason or 'no'} reason)"
         )
+    elif answer.short:
+        # Its only token may be the one that ends it: no text, and no time that Ollama could tell.
+        pass
     elif answer.generated_s <= 0:
         found[GENERATION] = "eval_duration is not above 0"
     elif not answer.text:
@@ -321,7 +328,7 @@ class Run:
         read = answer.prompt - (answer.kept or 0)
         if answer.prompt_s > 0 and read > 0:
             self.samples[PROMPT].append(read / answer.prompt_s)
-        if answer.generated < min(predict, SHORTEST) and GENERATION not in found:
+        if answer.short and GENERATION not in found:
             self.short += 1
         elif answer.generated_s > 0 and answer.generated > 0:
             self.samples[GENERATION].append(answer.generated / answer.generated_s)
