@@ -270,6 +270,51 @@ def test_process_of_another_namespace_counts(driver: Driver, tmp_path: Path) -> 
     assert driver.run(SIM_PROCESSES=tmp_path / "processes").reason == "GPU in use by PID 4194999 (not visible here)"
 
 
+def test_own_process_is_known_under_another_number(
+    driver: Driver, tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """As in a container, whose numbers NVML does not know: it lists us by the host's once we have a context."""
+    (tmp_path / "processes").write_text("compute 4194998\n")
+
+    alone = driver.run("--metric=memory.copy", SIM_PID=4194999)
+    used = driver.run("--metric=memory.copy", SIM_PID=4194999, SIM_PROCESSES=tmp_path / "processes")
+
+    assert alone.result["verdict"] == "measured", alone.reason
+    assert any(re.fullmatch(r"NVML knows this process, \d+, as PID 4194999", note) for note in alone.result["notes"])
+    assert used.reason == "GPU in use by PID 4194998 (not visible here)"
+
+
+@pytest.mark.parametrize(
+    ("listed", "known"),
+    [
+        (["own"], "own"),
+        ([4194999], 4194999),
+        ([], "own"),
+        # Who of them is another one, nobody can tell.
+        ([4194998, 4194999], "own"),
+        (["own", 4194999], "own"),
+        # One that can be seen is not us.
+        ([1], "own"),
+        ([1, 4194999], 4194999),
+    ],
+    ids=str,
+)
+def test_own_process_is_recognized_or_not(
+    monkeypatch: pytest.MonkeyPatch, listed: list[int | str], known: int | str
+) -> None:
+    own = os.getpid()
+    new = {own if each == "own" else int(each) for each in listed}
+    nvml = object.__new__(gpubench.Nvml)
+    nvml.own = own
+    monkeypatch.setattr(nvml, "processes", lambda: {4194997, *new})
+
+    notes = nvml.recognize({4194997})
+
+    assert (nvml.own, bool(notes)) == ((own, False) if known == "own" else (known, True))
+    strangers = sorted({4194997, *new} - {nvml.own})
+    assert [each.split()[1] for each in nvml.others()] == [str(pid) for pid in strangers]
+
+
 def test_more_processes_than_expected_are_all_seen(driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "processes").write_text("".join(f"compute {4194000 + n}\n" for n in range(200)))
     reason = driver.run(SIM_PROCESSES=tmp_path / "processes").reason

@@ -316,6 +316,8 @@ class Nvml:
 
     def __init__(self, index: int) -> None:
         self.missing: set[str] = set()
+        #: This process, as NVML numbers it: see recognize().
+        self.own = os.getpid()
         try:
             self.library = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError as error:
@@ -426,13 +428,26 @@ class Nvml:
     def others(self, parent: int | None = None) -> list[str]:
         """Who uses the card besides us: `PID name`. MPS' own processes use nothing; children of `parent` are ours."""
         found = []
-        for pid in sorted(self.processes() - {os.getpid()}):
+        for pid in sorted(self.processes() - {self.own}):
             name = process_name(pid)
             if parent is not None and parent_of(pid) == parent:
                 continue
             if name is None or not name.startswith(MPS_NAME):
                 found.append(f"PID {pid} {name or '(not visible here)'}")
         return found
+
+    def recognize(self, before: set[int]) -> list[str]:
+        """Learn which process we are, now that we hold a context; `before`: those listed until then. Gives notes.
+
+        NVML may not know the numbers of a container or a sandbox. Then we are the one that has come and that nobody
+        here can see.
+        """
+        new = self.processes() - before
+        unseen = [pid for pid in new if process_name(pid) is None]
+        if os.getpid() in new or len(unseen) != 1:
+            return []
+        self.own = unseen[0]
+        return [f"NVML knows this process, {os.getpid()}, as PID {self.own}"]
 
 
 def process_name(pid: int) -> str | None:
@@ -1449,14 +1464,16 @@ def run(arguments: argparse.Namespace, cuda: Cuda, result: dict[str, Any]) -> No
         card = result["card"] = card_of(nvml)
         result["driver"], result["cuda_driver"] = nvml.driver(), nvml.cuda()
         leave_alone(nvml)
+        present = nvml.processes()
         telemetry = Telemetry(nvml, began)
         result["telemetry"] = telemetry.rows
         held.callback(telemetry.close)
-        telemetry.start()
         say(f"{card['name']}, driver {result['driver']}, seed {result['seed']}")
         cuda.start()
         pci = nvml.pci()
         device = held.enter_context(cuda.context(f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"))
+        result["notes"] += nvml.recognize(present)
+        telemetry.start()
         card["sm_count"] = cuda.attribute(MULTIPROCESSORS, device)
         card["bus_width_bits"] = card["bus_width_bits"] or cuda.attribute(BUS_BITS, device)
         result["notes"] += whole_card(nvml, card)

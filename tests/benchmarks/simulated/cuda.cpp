@@ -263,6 +263,7 @@ API int cuDevicePrimaryCtxRetain(void **context, int device)
     if (!share || (server ? atof(share) <= 0 || atof(share) > 100 : strcmp(share, "100") != 0))
         return bad(__func__, "not all threads under MPS", INVALID_VALUE);
     retained++;
+    setenv("SIM_CONTEXT", "1", 1);
     *context = &retained;
     return OK;
 }

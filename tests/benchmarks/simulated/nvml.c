@@ -2,6 +2,7 @@
  * A small libnvidia-ml.so.1 for the benchmarks. OLD: as a driver has it that lacks newer names. From the environment:
  *   SIM_NVML       NAME:CODE, this function is answered with CODE
  *   SIM_PROCESSES  file of lines `compute|mps|graphics PID`, read at each question; this process is always listed
+ *   SIM_PID        it is listed by this number in the place of its own, once it has a context (SIM_CONTEXT, of cuda.cpp)
  *   SIM_BUSY       percent of use */
 #include <stdint.h>
 #include <stdio.h>
@@ -74,7 +75,9 @@ static int list(const char *which, unsigned *count, process_t *rows)
     unsigned found = 0, room = *count, pid;
     char kind[16];
     FILE *file = getenv("SIM_PROCESSES") ? fopen(getenv("SIM_PROCESSES"), "r") : NULL;
-    if (!strcmp(which, "compute") && room) rows[found++] = (process_t){(unsigned)getpid(), 1 << 20, ~0u, ~0u};
+    const char *number = getenv("SIM_PID");
+    if (!strcmp(which, "compute") && room && (!number || getenv("SIM_CONTEXT")))
+        rows[found++] = (process_t){number ? (unsigned)atoi(number) : (unsigned)getpid(), 1 << 20, ~0u, ~0u};
     while (file && fscanf(file, "%15s %u", kind, &pid) == 2) {
         if (strcmp(kind, which)) continue;
         if (found < room) rows[found] = (process_t){pid, 1 << 20, ~0u, ~0u};
