@@ -251,7 +251,7 @@ LIES: dict[str, tuple[Json, str, str]] = {
     "generated in no time": ({"eval_duration": 0}, GENERATION, "eval_duration is not above 0"),
     "generated before it was asked": ({"eval_duration": -5}, GENERATION, "eval_duration is not above 0"),
     "longer than it took": ({"eval_duration": 10**12}, GENERATION, "1e+03 s of work in an answer that took"),
-    "nothing said": ({"response": ""}, GENERATION, "an empty response of 64 tokens"),
+    "nothing said": ({"response": ""}, GENERATION, "an empty response of 64 tokens, as all are"),
     "read in no time": ({"prompt_eval_duration": 0}, PROMPT, "prompt_eval_duration is not above 0"),
     "read before, of an older Ollama": ({"prompt_eval_count": None}, PROMPT, "prompt_eval_count 0 for "),
     "read before": ({"prompt_eval_cached_count": 400}, PROMPT, "prompt_eval_cached_count 400 of "),
@@ -297,17 +297,22 @@ def test_answers_that_end_by_themselves_count_if_long_enough(ollama: Ollama) -> 
 
 
 @pytest.mark.parametrize(
-    "ended", [{"eval_count": 1, "response": ""}, {"eval_count": 1, "response": "", "eval_duration": None}], ids=str
+    ("ended", "timed"),
+    [
+        ({"eval_count": 1, "response": "", "done_reason": "stop"}, False),
+        ({"eval_count": 1, "response": "", "done_reason": "stop", "eval_duration": None}, False),
+        ({"response": ""}, True),
+    ],
+    ids=["first token ends it", "in no time", "tokens that are no text"],
 )
-def test_answers_that_end_with_their_first_token_are_no_mistake(ollama: Ollama, ended: Json) -> None:
-    """One in three: the model's first token is the one that ends the text, of which Ollama gives none."""
-    ollama.lie = lambda answer: answer | (ended | {"done_reason": "stop"} if len(ollama.asked) % 3 == 0 else {})
+def test_answers_without_text_among_others_are_no_mistake(ollama: Ollama, ended: Json, timed: bool) -> None:
+    ollama.lie = lambda answer: answer | (ended if len(ollama.asked) % 3 == 0 else {})
 
     found = ollama.measured()
 
     assert found.verdict == "measured", found.reason
     assert [found.metrics[name].wrong for name in (PROMPT, GENERATION)] == [0, 0]
-    assert len(found.metrics[GENERATION].samples) < len(found.metrics[PROMPT].samples)
+    assert timed == (len(found.metrics[GENERATION].samples) == len(found.metrics[PROMPT].samples))
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,8 @@ def mistakes(answer: Answer, words: int, text: str, predict: int) -> dict[str, s
         found[GENERATION] = (
             f"eval_count {answer.generated} where num_predict is {predict} ({answer.reason or 'no'} reason)"
         )
-    elif answer.short:
-        # Its only token may be the one that ends it: no text, and no time that Ollama could tell.
-        pass
-    elif answer.generated_s <= 0:
+    elif answer.generated_s <= 0 and not answer.short:
         found[GENERATION] = "eval_duration is not above 0"
-    elif not answer.text:
-        found[GENERATION] = f"an empty response of {answer.generated} tokens"
     if answer.prompt_s + answer.generated_s > answer.wall_s * CLOCKS:
         seconds = answer.prompt_s + answer.generated_s
         found.setdefault(GENERATION, f"{seconds:.3g} s of work in an answer that took {answer.wall_s:.3g} s")
@@ -232,6 +227,8 @@ class Run:
     answers: int = 0
     waited: int = 0
     short: int = 0
+    #: What would be wrong with timed answers without text. Of some it is right: not every token is a character.
+    silent: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> str:
@@ -306,6 +303,8 @@ class Run:
                 text = self.prompt(words)
                 self.take(self.ask(text, predict), words, text, predict)
         finally:
+            if len(self.silent) == len(self.samples[GENERATION]):
+                self.wrong[GENERATION] += self.silent
             for name, samples in self.samples.items():
                 if samples:
                     self.found["metrics"][name] = entry("tokens/s", samples, len(self.wrong[name]))
@@ -332,6 +331,7 @@ class Run:
             self.short += 1
         elif answer.generated_s > 0 and answer.generated > 0:
             self.samples[GENERATION].append(answer.generated / answer.generated_s)
+            self.silent += [] if answer.text else [f"an empty response of {answer.generated} tokens, as all are"]
 
 
 def parallel_of(containers: Sequence[str], root: Path = Path("/")) -> str:
