@@ -270,9 +270,7 @@ def test_process_of_another_namespace_counts(driver: Driver, tmp_path: Path) -> 
     assert driver.run(SIM_PROCESSES=tmp_path / "processes").reason == "GPU in use by PID 4194999 (not visible here)"
 
 
-def test_own_process_is_known_under_another_number(
-    driver: Driver, tmp_path: Path, sleeper: subprocess.Popen[bytes]
-) -> None:
+def test_own_process_is_known_under_another_number(driver: Driver, tmp_path: Path) -> None:
     """As in a container, whose numbers NVML does not know: it lists us by the host's once we have a context."""
     (tmp_path / "processes").write_text("compute 4194998\n")
 
@@ -313,6 +311,16 @@ def test_own_process_is_recognized_or_not(
     assert (nvml.own, bool(notes)) == ((own, False) if known == "own" else (known, True))
     strangers = sorted({4194997, *new} - {nvml.own})
     assert [each.split()[1] for each in nvml.others()] == [str(pid) for pid in strangers]
+
+
+def test_own_process_that_was_listed_before_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes then is somebody else, seen here or not."""
+    nvml = object.__new__(gpubench.Nvml)
+    nvml.own = os.getpid()
+    monkeypatch.setattr(nvml, "processes", lambda: {os.getpid(), 4194999})
+
+    assert nvml.recognize({os.getpid()}) == []
+    assert nvml.others() == ["PID 4194999 (not visible here)"]
 
 
 def test_more_processes_than_expected_are_all_seen(driver: Driver, tmp_path: Path) -> None:

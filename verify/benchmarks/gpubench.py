@@ -442,9 +442,9 @@ class Nvml:
         NVML may not know the numbers of a container or a sandbox. Then we are the one that has come and that nobody
         here can see.
         """
-        new = self.processes() - before
-        unseen = [pid for pid in new if process_name(pid) is None]
-        if os.getpid() in new or len(unseen) != 1:
+        listed = self.processes()
+        unseen = [pid for pid in listed - before if process_name(pid) is None]
+        if self.own in listed or len(unseen) != 1:
             return []
         self.own = unseen[0]
         return [f"NVML knows this process, {os.getpid()}, as PID {self.own}"]

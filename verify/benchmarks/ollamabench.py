@@ -94,6 +94,7 @@ class Answer:
 
     @property
     def short(self) -> bool:
+        """Too short to be timed. Its only token may be the one that ends it, without text and in no time."""
         return self.generated < SHORTEST
 
 
@@ -331,7 +332,8 @@ class Run:
             self.short += 1
         elif answer.generated_s > 0 and answer.generated > 0:
             self.samples[GENERATION].append(answer.generated / answer.generated_s)
-            self.silent += [] if answer.text else [f"an empty response of {answer.generated} tokens, as all are"]
+            if not answer.text:
+                self.silent.append(f"an empty response of {answer.generated} tokens, as all are")
 
 
 def parallel_of(containers: Sequence[str], root: Path = Path("/")) -> str:
